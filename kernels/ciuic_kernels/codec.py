@@ -1,0 +1,80 @@
+"""The contract of a block codec and the registry of all codecs.
+
+A codec says how one block is stored. It is one file in ``ciuic_kernels/codecs`` that registers itself; nothing
+else has to be edited for encoding, decoding, planning, reports and conformance tests to know it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """How one block ``[rows, cols]`` becomes one record of bytes.
+
+    Attributes:
+        id: the codec's tag byte, 0..255, part of the checkpoint format.
+        name: the name users write in ``modules={...}``, such as ``grid4_g32``.
+        bits: bits per weight of a full block, scales included, tags excluded.
+    """
+
+    id: int
+    name: str
+    bits: float
+
+    def record_nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of one record before alignment; a pure function of the size of the block."""
+        ...
+
+    def encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a batch of equal-sized blocks.
+
+        Args:
+            blocks: float32 ``[B, rows, cols]``, finite.
+
+        Returns:
+            records uint8 ``[B, record_nbytes]`` and scale exponents uint8 ``[B]``.
+        """
+        ...
+
+    def decode(self, records: Tensor, exponents: Tensor, rows: int, cols: int) -> Tensor:
+        """The inverse: records uint8 ``[B, record_nbytes]`` -> float32 ``[B, rows, cols]``."""
+        ...
+
+
+_BY_ID: dict[int, Codec] = {}
+_BY_NAME: dict[str, Codec] = {}
+
+
+def register_codec(codec: Codec) -> Codec:
+    """Make a codec known. Raises ValueError when its id or name is taken."""
+    if codec.id in _BY_ID or codec.name in _BY_NAME:
+        raise ValueError(f"Codec id {codec.id} or name {codec.name!r} is registered twice.")
+    _BY_ID[codec.id] = codec
+    _BY_NAME[codec.name] = codec
+    return codec
+
+
+def codec_by_id(codec_id: int) -> Codec:
+    """The codec of a tag byte. Raises ValueError for an unknown id."""
+    if codec_id not in _BY_ID:
+        raise ValueError(
+            f"Block tag {codec_id} is not a codec of this version; known tags are {sorted(_BY_ID)}. "
+            "The file is damaged or was written by a newer ciuic_hf."
+        )
+    return _BY_ID[codec_id]
+
+
+def codec_by_name(name: str) -> Codec:
+    """The codec that a user named. Raises ValueError with the list of names."""
+    if name not in _BY_NAME:
+        raise ValueError(f"No codec is named {name!r}; choose one of {', '.join(sorted(_BY_NAME))}.")
+    return _BY_NAME[name]
+
+
+def all_codecs() -> list[Codec]:
+    """Every registered codec, by id."""
+    return [_BY_ID[i] for i in sorted(_BY_ID)]

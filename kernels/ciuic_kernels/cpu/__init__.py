@@ -1,0 +1,1 @@
+"""The CPU implementation: one C file, compiled on first use and called through ctypes."""

@@ -1,0 +1,214 @@
+"""Builds ``blocks.c`` with the system's C compiler and exposes its functions on tensors.
+
+Triton needs a C compiler at run time too, so a machine that can use the GPU kernels can use these. Without one
+the torch reference does the same work more slowly, and :func:`unavailable_reason` says why. The shared object is
+kept in the user's cache, named by a hash of source, compiler, flags and processor, so it is built once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ciuic_kernels.codecs.grid import CURVE, PLANES, SCALE_OFFSETS, levels, thresholds
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write; float16 goes through float32
+GUESSES = 1025
+MAX_TOKENS = 8  # rows of x that one pass over a matrix serves
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = (
+        ("levels", ctypes.c_float * 256),
+        ("thresholds", ctypes.c_float * 256),
+        ("guess", ctypes.c_int32 * GUESSES),
+        ("offsets", ctypes.c_int32 * 8),
+        ("offset_count", ctypes.c_int32),
+        ("curve", ctypes.c_float),
+    )
+
+
+def _grid_tables() -> ctypes.Array[_Grid]:
+    """``struct grid[9]`` indexed by width, filled from codecs/grid.py."""
+    tables = (_Grid * 9)()
+    for bits in PLANES:
+        table, bounds = tables[bits], thresholds(bits)
+        table.levels[: 1 << bits] = levels(bits).tolist()
+        table.thresholds[: len(bounds)] = bounds.tolist()
+        table.thresholds[len(bounds)] = float("inf")
+        # One bin of 1/512 holds at most one threshold; the slack covers the rounding of the bin's index.
+        starts = torch.arange(GUESSES, dtype=torch.float64) / 512 - 1 - 1e-6
+        table.guess[:] = torch.bucketize(starts, bounds.double()).tolist()
+        offsets = SCALE_OFFSETS[bits]
+        table.offsets[: len(offsets)] = offsets
+        table.offset_count = len(offsets)
+        table.curve = CURVE[bits]
+    return tables
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CC")
+    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ciuic"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        return "".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))}))
+    return platform.processor()
+
+
+def _build(compiler: str) -> Path:
+    """Path of the shared object, built if the cache does not have it. Raises RuntimeError with the compiler's words."""
+    source = Path(__file__).with_name("blocks.c")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    identity = "\0".join((source.read_text(), version, *FLAGS, platform.machine(), _processor()))
+    target = _cache_dir() / f"blocks-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(source), "-lm"]
+        # Apple's clang has no OpenMP: the same code then runs on one thread.
+        for openmp in (["-fopenmp"], []):
+            result = subprocess.run([*command, *openmp], capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                built.replace(target)
+                return target
+    raise RuntimeError(f"{compiler} could not build the CPU kernels: {result.stderr.strip()[:400]}")
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    compiler = _compiler()
+    if compiler is None:
+        return None, "no C compiler was found (install gcc or clang, or set CC)"
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, RuntimeError) as error:
+        return None, str(error)
+    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.ciuic_encode.argtypes = (p, i, n, n, n, p, p, p, p)
+    library.ciuic_dequantize.argtypes = (p, p, p, n, n, n, n, p, i, p)
+    library.ciuic_gather.argtypes = (p, p, p, n, n, p, n, p, i, p)
+    library.ciuic_products.argtypes = (p, p, p, n, n, p, p, i, n, n, p, p, p, n, p)
+    for name in ("ciuic_dequantize", "ciuic_gather"):
+        getattr(library, name).restype = None
+    return library, ""
+
+
+def unavailable_reason() -> str:
+    """Why the compiled kernels cannot be used, or an empty string."""
+    return _load()[1]
+
+
+def available() -> bool:
+    return _load()[0] is not None
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"The compiled CPU kernels are not available: {reason}.")
+    return library
+
+
+@lru_cache(maxsize=1)
+def _tables() -> ctypes.Array[_Grid]:
+    return _grid_tables()
+
+
+def encode(source: Tensor, tags: Tensor, offsets: Tensor, arena: Tensor) -> None:
+    """Encode one matrix into its arena.
+
+    Args:
+        source: ``[N, K]`` float32, bfloat16 or float16, last dimension contiguous.
+        tags: uint8 ``[strips, kblocks, 2]`` with the codec ids; the exponents are written.
+        offsets: int64 ``[strips (+ 1)]``, byte offset of each strip in ``arena``.
+        arena: uint8, contiguous; padding bytes are zeroed.
+
+    Raises:
+        ValueError: when a weight is not finite, or raw_fp16 is asked of another dtype.
+    """
+    status = _library().ciuic_encode(
+        source.data_ptr(), DTYPES[source.dtype], source.stride(0), *source.shape,
+        tags.data_ptr(), offsets.data_ptr(), _tables(), arena.data_ptr(),
+    )  # fmt: skip
+    if status == 1:
+        raise ValueError("not finite")
+    if status == 2:
+        raise ValueError(f"raw_fp16 blocks keep float16 weights only, got {source.dtype}")
+
+
+def dequantize(
+    arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int, strips: range, out: Tensor
+) -> None:
+    """Decode the strips of one matrix into ``out`` float32 or bfloat16 ``[rows of the strips, cols]``."""
+    _library().ciuic_dequantize(
+        arena.data_ptr(), tags.data_ptr(), offsets.data_ptr(), rows, cols, strips.start, strips.stop,
+        _tables(), DTYPES[out.dtype], out.data_ptr(),
+    )  # fmt: skip
+
+
+def gather(
+    arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int, ids: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Rows ``ids`` int64 ``[T]`` (all inside ``rows``) of one matrix as ``[T, cols]`` of ``dtype``."""
+    out = torch.empty(ids.numel(), cols, dtype=dtype if dtype in DIRECT else torch.float32)
+    _library().ciuic_gather(
+        arena.data_ptr(), tags.data_ptr(), offsets.data_ptr(), rows, cols,
+        ids.data_ptr(), ids.numel(), _tables(), DTYPES[out.dtype], out.data_ptr(),
+    )  # fmt: skip
+    return out.to(dtype)
+
+
+@lru_cache(maxsize=64)
+def groups_of_all(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(order, starts, experts)`` for ``count`` rows of a single matrix."""
+    starts = [*range(0, count, MAX_TOKENS), count]
+    return torch.arange(count), torch.tensor(starts), torch.zeros(len(starts) - 1, dtype=torch.int64)
+
+
+def products(
+    x: Tensor, fan: int, groups: tuple[Tensor, Tensor, Tensor], arena: Tensor, tags: Tensor, offsets: Tensor, rows: int
+) -> Tensor:
+    """Grouped matrix-vector products; see ``ciuic_products`` in blocks.c.
+
+    Args:
+        x: float32 or bfloat16 ``[T, K]``, contiguous.
+        fan: outputs for each row of ``x``: output row r reads ``x[r // fan]``.
+        groups: ``order`` int64 ``[*]``, output rows by group, ``starts`` int64 ``[G + 1]`` (at most 8 apart) and
+            ``experts`` int64 ``[G]``.
+
+    Returns:
+        ``[T * fan, rows]`` of x's dtype; rows that are in no group are not written.
+    """
+    order, starts, experts = groups
+    out = torch.empty(x.shape[0] * fan, rows, dtype=x.dtype)
+    failed = _library().ciuic_products(
+        arena.data_ptr(), tags.data_ptr(), offsets.data_ptr(), rows, x.shape[1], _tables(),
+        x.data_ptr(), DTYPES[x.dtype], x.shape[0], fan,
+        order.data_ptr(), starts.data_ptr(), experts.data_ptr(), experts.numel(), out.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"No memory for {x.shape[0]} x {x.shape[1]} inputs in float32.")
+    return out

@@ -1,0 +1,8 @@
+"""The operators on compressed parameters, one file each; importing this package registers them with torch."""
+
+from ciuic_kernels.ops.dequantize import dequantize_op as dequantize
+from ciuic_kernels.ops.embedding import embedding_op as embedding
+from ciuic_kernels.ops.experts import expert_linear_op as expert_linear
+from ciuic_kernels.ops.linear import linear_op as linear
+
+__all__ = ["dequantize", "embedding", "expert_linear", "linear"]

@@ -1,0 +1,51 @@
+"""``ciuic::embedding``: rows of a compressed table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ciuic_kernels.cpu import native
+from ciuic_kernels.dispatch import use_native
+from ciuic_kernels.format import BLOCK_ROWS
+from ciuic_kernels.ops._define import define
+from ciuic_kernels.packing import decode_strips
+
+
+def embedding(
+    ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    """Gather rows of a compressed table ``[rows, cols]``; only the strips that are asked for are read.
+
+    Args:
+        ids: int64 or int32, any shape, each in ``[0, rows)``.
+        arena, tags, offsets: as in ``ciuic::linear``.
+
+    Returns:
+        ``[*ids.shape, cols]`` of ``dtype``.
+
+    Raises:
+        IndexError: for an id outside the table (on a CPU; on a GPU it would need a synchronisation).
+    """
+    flat = ids.reshape(-1).long()
+    if flat.device.type == "cpu" and flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < rows):
+        raise IndexError(f"Token ids must be in [0, {rows}), got {int(flat.min())} to {int(flat.max())}.")
+    if use_native(arena.device):
+        out = native.gather(arena, tags, offsets, rows, cols, flat.contiguous(), dtype)
+        return out.view(*ids.shape, cols)
+    out = torch.empty(flat.numel(), cols, dtype=dtype, device=arena.device)
+    strips = flat // BLOCK_ROWS
+    for strip in strips.unique().tolist():
+        here = strips == strip
+        band = decode_strips(arena, tags, offsets, (rows, cols), range(strip, strip + 1), dtype)
+        out[here] = band[flat[here] % BLOCK_ROWS]
+    return out.view(*ids.shape, cols)
+
+
+def _fake(
+    ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    return arena.new_empty((*ids.shape, cols), dtype=dtype)
+
+
+embedding_op = define(embedding, _fake)
