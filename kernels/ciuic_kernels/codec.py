@@ -21,9 +21,14 @@ class Codec(Protocol):
         bits: bits per weight of a full block, scales included, tags excluded.
     """
 
-    id: int
-    name: str
-    bits: float
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bits(self) -> float: ...
 
     def record_nbytes(self, rows: int, cols: int) -> int:
         """Bytes of one record before alignment; a pure function of the size of the block."""

@@ -86,7 +86,9 @@ def strip_offsets(tags: Tensor, grid: BlockGrid, nbytes: int) -> Tensor:
             f"got {tags.dtype} {list(tags.shape)}."
         )
     if int(tags[..., 1].max()) > MAX_EXPONENT:
-        raise FormatError(f"A block has scale exponent {int(tags[..., 1].max())}; the largest is {MAX_EXPONENT}.")
+        raise FormatError(
+            f"A block has scale exponent {int(tags[..., 1].max())}; the largest is {MAX_EXPONENT}."
+        )
     sizes = block_nbytes(tags[..., 0], grid)
     if int(sizes.sum(dim=(1, 2)).max()) > MAX_MATRIX_BYTES:
         raise FormatError(f"A matrix needs more than {MAX_MATRIX_BYTES} bytes; split it or use fewer bits.")
@@ -103,7 +105,5 @@ def strip_offsets(tags: Tensor, grid: BlockGrid, nbytes: int) -> Tensor:
 def validate(packed: PackedTensor) -> Tensor:
     """Check a PackedTensor and return its strip offsets. Raises FormatError."""
     if packed.arena.dtype != torch.uint8 or packed.arena.dim() != 1:
-        raise FormatError(
-            f"An arena must be 1-D uint8, got {packed.arena.dtype} {list(packed.arena.shape)}."
-        )
+        raise FormatError(f"An arena must be 1-D uint8, got {packed.arena.dtype} {list(packed.arena.shape)}.")
     return strip_offsets(packed.tags, packed.grid, packed.arena.numel())

@@ -37,7 +37,9 @@ def allocate(codec_ids: Tensor, grid: BlockGrid, device: torch.device | str) -> 
     return packed, strip_offsets(tags, grid, packed.arena.numel())
 
 
-def encode_matrix(packed: PackedTensor, offsets: Tensor, index: int, source: Tensor, first_row: int = 0) -> None:
+def encode_matrix(
+    packed: PackedTensor, offsets: Tensor, index: int, source: Tensor, first_row: int = 0
+) -> None:
     """Encode rows of one matrix of ``packed`` in place.
 
     Args:
@@ -81,7 +83,12 @@ def _encode_rows(source: Tensor, tags: Tensor, offset: int, arena: Tensor) -> No
             on_device = tuple(i.to(source.device) for i in chosen)
             records, exponents = codec_by_id(codec_id).encode(blocks[on_device])
             tags[strips, kblocks, 1][on_device] = exponents
-            _scatter(arena, starts[strips, kblocks][chosen], records, codec_by_id(codec_id).record_nbytes(rows, cols))
+            _scatter(
+                arena,
+                starts[strips, kblocks][chosen],
+                records,
+                codec_by_id(codec_id).record_nbytes(rows, cols),
+            )
 
 
 def _record_starts(ids: Tensor, grid: BlockGrid, offset: int) -> Tensor:
@@ -95,7 +102,10 @@ def _edge_batches(source: Tensor, grid: BlockGrid) -> list[tuple[Tensor, int, in
     """The blocks of a matrix by size: views ``[strips, kblocks, rows, cols]`` with their place in the grid."""
     full_strips, full_kblocks = grid.rows // BLOCK_ROWS, grid.cols // BLOCK_COLS
     bands = [(0, full_strips, BLOCK_ROWS), (full_strips, grid.strips, grid.rows - full_strips * BLOCK_ROWS)]
-    panels = [(0, full_kblocks, BLOCK_COLS), (full_kblocks, grid.kblocks, grid.cols - full_kblocks * BLOCK_COLS)]
+    panels = [
+        (0, full_kblocks, BLOCK_COLS),
+        (full_kblocks, grid.kblocks, grid.cols - full_kblocks * BLOCK_COLS),
+    ]
     batches = []
     for s0, s1, rows in bands:
         for k0, k1, cols in panels:
@@ -172,7 +182,12 @@ def decode_tensor(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> T
     tags = packed.tags.view(grid.matrices, grid.strips, grid.kblocks, 2)
     matrices = [
         decode_strips(
-            packed.arena, tags[i], offsets[i * grid.strips :], (grid.rows, grid.cols), range(grid.strips), dtype
+            packed.arena,
+            tags[i],
+            offsets[i * grid.strips :],
+            (grid.rows, grid.cols),
+            range(grid.strips),
+            dtype,
         )
         for i in range(grid.matrices)
     ]

@@ -23,7 +23,7 @@ float32 is the bit pattern ``(16 X + (byte & 127)) << 19``, with the sign on top
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,16 +49,16 @@ GROUPS = (32, 64)
 MIN_EXPONENT, MAX_EXPONENT = 1, 247  # X + 7 must stay a finite float32 exponent
 
 
-@lru_cache(maxsize=None)
+@cache
 def levels(bits: int) -> Tensor:
     """float32 ``[2^bits]``: the grid for scale 1, rounded as the formula of this module says."""
     half = 1 << (bits - 1)
-    c = torch.tensor(CURVE[bits], dtype=torch.float32)
-    t = (torch.arange(2 * half, dtype=torch.float32) - half) / half
+    c = torch.tensor(CURVE[bits], dtype=torch.float32, device="cpu")
+    t = (torch.arange(2 * half, dtype=torch.float32, device="cpu") - half) / half
     return t * ((1 - c) + c * (t * t))
 
 
-@lru_cache(maxsize=None)
+@cache
 def thresholds(bits: int) -> Tensor:
     """float32 ``[2^bits - 1]``: midpoints between neighbouring levels; a code is how many are below the value."""
     grid = levels(bits)

@@ -49,7 +49,7 @@ def _grid_tables() -> ctypes.Array[_Grid]:
         table.thresholds[: len(bounds)] = bounds.tolist()
         table.thresholds[len(bounds)] = float("inf")
         # One bin of 1/512 holds at most one threshold; the slack covers the rounding of the bin's index.
-        starts = torch.arange(GUESSES, dtype=torch.float64) / 512 - 1 - 1e-6
+        starts = torch.arange(GUESSES, dtype=torch.float64, device="cpu") / 512 - 1 - 1e-6
         table.guess[:] = torch.bucketize(starts, bounds.double()).tolist()
         offsets = SCALE_OFFSETS[bits]
         table.offsets[: len(offsets)] = offsets
@@ -60,7 +60,9 @@ def _grid_tables() -> ctypes.Array[_Grid]:
 
 def _compiler() -> str | None:
     named = os.environ.get("CC")
-    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    return (
+        shutil.which(named) if named else next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    )
 
 
 def _cache_dir() -> Path:
@@ -189,7 +191,13 @@ def groups_of_all(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def products(
-    x: Tensor, fan: int, groups: tuple[Tensor, Tensor, Tensor], arena: Tensor, tags: Tensor, offsets: Tensor, rows: int
+    x: Tensor,
+    fan: int,
+    groups: tuple[Tensor, Tensor, Tensor],
+    arena: Tensor,
+    tags: Tensor,
+    offsets: Tensor,
+    rows: int,
 ) -> Tensor:
     """Grouped matrix-vector products; see ``ciuic_products`` in blocks.c.
 

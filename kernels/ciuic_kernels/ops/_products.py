@@ -21,7 +21,9 @@ NATIVE_ROWS = 12
 def check_input(x: Tensor, cols: int, arena: Tensor) -> None:
     """Raises ValueError when ``x`` cannot be multiplied with a matrix of ``cols`` columns on the arena's device."""
     if x.shape[-1] != cols:
-        raise ValueError(f"x has {x.shape[-1]} features in its last dimension, the compressed weight needs {cols}.")
+        raise ValueError(
+            f"x has {x.shape[-1]} features in its last dimension, the compressed weight needs {cols}."
+        )
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor, got {x.dtype}.")
     if x.device != arena.device:
@@ -52,9 +54,7 @@ def dense_product(
     return out
 
 
-def dense_transposed_product(
-    grad: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, cols: int
-) -> Tensor:
+def dense_transposed_product(grad: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, cols: int) -> Tensor:
     """``grad [M, N] @ W`` into ``[M, cols]``: the gradient with respect to x."""
     total = torch.zeros(grad.shape[0], cols, dtype=torch.float32, device=grad.device)
     for band, weight in dense_strips(arena, tags, offsets, grad.shape[1], cols, grad.dtype):
@@ -63,7 +63,13 @@ def dense_transposed_product(
 
 
 def fused_product(
-    x: Tensor, fan: int, groups: tuple[Tensor, Tensor, Tensor], arena: Tensor, tags: Tensor, offsets: Tensor, rows: int
+    x: Tensor,
+    fan: int,
+    groups: tuple[Tensor, Tensor, Tensor],
+    arena: Tensor,
+    tags: Tensor,
+    offsets: Tensor,
+    rows: int,
 ) -> Tensor:
     """``native.products`` for any float dtype: ``[M * fan, rows]`` of x's dtype."""
     direct = x if x.dtype in native.DIRECT else x.float()

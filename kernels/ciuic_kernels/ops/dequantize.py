@@ -10,7 +10,9 @@ from ciuic_kernels.ops._define import define
 from ciuic_kernels.packing import decode_strips
 
 
-def dequantize(arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
     """Decode every matrix.
 
     Args:

@@ -28,7 +28,7 @@ def embedding(
         IndexError: for an id outside the table (on a CPU; on a GPU it would need a synchronisation).
     """
     flat = ids.reshape(-1).long()
-    if flat.device.type == "cpu" and flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < rows):
+    if flat.device.type == "cpu" and flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < rows):
         raise IndexError(f"Token ids must be in [0, {rows}), got {int(flat.min())} to {int(flat.max())}.")
     if use_native(arena.device):
         out = native.gather(arena, tags, offsets, rows, cols, flat.contiguous(), dtype)

@@ -41,7 +41,9 @@ def _groups(routed: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([members for _, members in routed]), torch.tensor(starts), torch.tensor(experts)
 
 
-def expert_linear(x: Tensor, expert_ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int) -> Tensor:
+def expert_linear(
+    x: Tensor, expert_ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int
+) -> Tensor:
     """Multiply rows with the matrices ``W[expert]`` of compressed fused experts ``[E, N, K]``.
 
     Only experts that are routed to are read.
@@ -91,7 +93,9 @@ def _fan(x: Tensor, expert_ids: Tensor) -> int:
     return expert_ids.shape[1] if x.shape[0] == expert_ids.shape[0] else 1
 
 
-def _expert_linear_fake(x: Tensor, expert_ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int) -> Tensor:
+def _expert_linear_fake(
+    x: Tensor, expert_ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int
+) -> Tensor:
     return x.new_empty((expert_ids.numel(), rows))
 
 
@@ -106,7 +110,9 @@ def expert_linear_backward(
     total = torch.zeros(x_rows, cols, dtype=torch.float32, device=grad.device)
     for expert, members in _routed(expert_ids, tags.shape[0]):
         here = members.to(grad.device)
-        part = dense_transposed_product(grad[here], arena, tags[expert], offsets[expert * tags.shape[1] :], cols)
+        part = dense_transposed_product(
+            grad[here], arena, tags[expert], offsets[expert * tags.shape[1] :], cols
+        )
         total.index_add_(0, here // fan, part.float())
     return total.to(grad.dtype)
 

@@ -57,7 +57,9 @@ def _columns(x: Tensor, tags: Tensor) -> int:
     return cols
 
 
-def _linear_fake(x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def _linear_fake(
+    x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor | None, rows: int
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 

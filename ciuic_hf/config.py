@@ -1,0 +1,109 @@
+"""What the user wants: bits per weight for the model, for roles and for single modules.
+
+A *role* is what a weight does in the model: ``embeddings``, ``lm_head``, ``attention``, ``mlp``,
+``shared_experts``, ``experts``, and ``linear`` for every Linear that has no role of its own (as a setting,
+``linear`` also covers attention, mlp and shared_experts unless they are set themselves).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ciuic_hf.errors import CiuicError
+from ciuic_kernels import codec_by_name
+
+ROLES = ("linear", "attention", "mlp", "shared_experts", "experts", "embeddings", "lm_head")
+LINEAR_ROLES = ("linear", "attention", "mlp", "shared_experts")
+MIN_BITS, MAX_BITS = 1.0, 16.0
+TABLE_BITS = 8.0  # embeddings and lm_head unless told: the cheapest quality in a model (docs/adr/002)
+RAW = "raw"
+
+Setting = float | str
+"""Bits per weight with everything counted, the name of a codec, or ``"raw"`` to leave the weights as they are."""
+
+
+def check_setting(value: object, where: str) -> Setting:
+    """A valid setting, or CiuicError naming ``where``."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise CiuicError(f"{where} must be bits per weight or a codec name, got {value!r}.")
+    if isinstance(value, str):
+        if value == RAW:
+            return value
+        try:
+            return codec_by_name(value).name
+        except ValueError as error:
+            raise CiuicError(f'{where}: {error} "raw" leaves the weights as they are.') from None
+    if not MIN_BITS <= value <= MAX_BITS:
+        raise CiuicError(
+            f"{where} must be between {MIN_BITS:g} and {MAX_BITS:g} bits per weight, got {value}."
+        )
+    return float(value)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a name pattern selects a parameter.
+
+    Without ``*`` the pattern must occur in the name and start where a component starts: ``layers.0.`` selects
+    ``model.layers.0.mlp...`` but not ``model.layers.10...``. With ``*`` it is a glob on the whole name.
+    """
+    if "*" in pattern:
+        return fnmatch.fnmatchcase(name, pattern)
+    return f".{pattern}" in f".{name}"
+
+
+@dataclass(frozen=True)
+class CompressionIntent:
+    """Bits for the whole model and exceptions from it.
+
+    Attributes:
+        bits: bits per weight of all Linears and experts, everything stored counted, 1 to 16.
+        modules: role or name pattern -> setting. The most specific wins: the longest matching pattern, then the
+            role itself, then ``linear``, then ``bits`` (8 for embeddings and lm_head).
+    """
+
+    bits: float = 4.25
+    modules: Mapping[str, Setting] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", check_setting(self.bits, "bits"))
+        if isinstance(self.bits, str):
+            raise CiuicError(
+                f'bits must be a number; use modules={{"linear": {self.bits!r}}} to name a codec.'
+            )
+        if not isinstance(self.modules, Mapping):
+            raise CiuicError(
+                f"modules must map roles or name patterns to bits, got {type(self.modules).__name__}."
+            )
+        checked = {}
+        for key, value in self.modules.items():
+            if not isinstance(key, str) or not key:
+                raise CiuicError(f"A key of modules must be a role or a name pattern, got {key!r}.")
+            checked[key] = check_setting(value, f"modules[{key!r}]")
+        object.__setattr__(self, "modules", checked)
+
+    @property
+    def patterns(self) -> list[str]:
+        """The keys of ``modules`` that are not roles."""
+        return [key for key in self.modules if key not in ROLES]
+
+    def setting(self, name: str, role: str) -> Setting:
+        """What applies to the parameter ``name`` of this role."""
+        matching = [pattern for pattern in self.patterns if pattern_matches(pattern, name)]
+        if matching:
+            return self.modules[max(matching, key=lambda p: (len(p.replace("*", "")), p))]
+        if role in self.modules:
+            return self.modules[role]
+        if role in LINEAR_ROLES and "linear" in self.modules:
+            return self.modules["linear"]
+        return TABLE_BITS if role in ("embeddings", "lm_head") else self.bits
+
+    def check_used(self, names: list[str]) -> None:
+        """Raise CiuicError for a name pattern that selects none of the parameters ``names``."""
+        for pattern in self.patterns:
+            if not any(pattern_matches(pattern, name) for name in names):
+                raise CiuicError(
+                    f"modules[{pattern!r}] matches no weight of this model; use a role ({', '.join(ROLES)}) "
+                    f"or a part of a name such as {names[0] if names else 'model.layers.0.'!r}."
+                )

@@ -1,0 +1,306 @@
+"""Streaming converters: checkpoint tensors go into compressed blocks one at a time, experts one by one.
+
+transformers collects the checkpoint tensors of a parameter as deferred reads and hands them to a converter. Its
+own converter for experts reads all of them, merges, and only then lets a quantizer work; these read, dequantize,
+merge and encode one expert at a time into an arena that was allocated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf import fp8
+from ciuic_hf.modules.packed import TAGS, PackedModule
+from ciuic_kernels import BlockGrid, PackedTensor
+from ciuic_kernels.packing import FLOAT_DTYPES, NotFiniteError, allocate, encode_matrix
+
+Read = Callable[[], Tensor]
+SCALE_PATTERN, WEIGHT_PATTERN = r"\.weight_scale_inv$", r"\.weight$"
+
+
+def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module_name, _, parameter = name.rpartition(".")
+    return model.get_submodule(module_name), parameter
+
+
+def _is_compressed(module: nn.Module, parameter: str) -> bool:
+    return isinstance(module, PackedModule) and parameter in module.packed_shapes
+
+
+class Encoder:
+    """Encodes the matrices of one parameter as they arrive.
+
+    Args:
+        name: full parameter name, for messages.
+        shape: logical shape ``(N, K)`` or ``(E, N, K)``.
+        codec_ids: uint8 ``[strips, kblocks]``.
+        block: FP8 block size, None when the checkpoint is not FP8.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], codec_ids: Tensor, block: fp8.Block | None) -> None:
+        self.name, self.grid, self.codec_ids, self.block = name, BlockGrid(tuple(shape)), codec_ids, block
+        self._packed: PackedTensor | None = None
+        self._offsets = torch.empty(0)
+
+    def add(self, index: int, weight: Tensor, scale: Tensor | None = None) -> None:
+        """Encode matrix ``index`` ``[N, K]``. Raises CiuicError for a bad shape, dtype or value."""
+        if tuple(weight.shape) != (self.grid.rows, self.grid.cols):
+            raise CiuicError(
+                f"{self.name} is {list(self.grid.shape)} in this model but the checkpoint has {list(weight.shape)}."
+            )
+        if self._packed is None:
+            ids = self.codec_ids.expand(self.grid.tags_shape[:-1])
+            self._packed, self._offsets = allocate(ids, self.grid, weight.device)
+        try:
+            for first, rows in self._float_rows(weight, scale):
+                encode_matrix(self._packed, self._offsets, index, rows, first)
+        except NotFiniteError:
+            raise CiuicError(
+                f"{self.name} holds NaN or infinite weights; repair the checkpoint, or keep this weight as it is with "
+                f'modules={{"{self.name}": "raw"}}.'
+            ) from None
+
+    def _float_rows(self, weight: Tensor, scale: Tensor | None) -> Any:
+        if scale is not None:
+            assert self.block is not None
+            fp8.check_scales(self.name, weight, scale, self.block)
+            return fp8.row_chunks(weight, fp8.scale_values(scale), self.block)
+        if weight.dtype not in FLOAT_DTYPES:
+            raise CiuicError(
+                f"{self.name} is {weight.dtype} without scales; Ciuic compresses bf16, fp16, fp32 and block-scaled FP8."
+            )
+        return [(0, weight)]
+
+    def finish(self) -> dict[str, Tensor]:
+        """Arena and tags under their parameter names."""
+        assert self._packed is not None
+        return {self.name: self._packed.arena, self.name + TAGS: self._packed.tags}
+
+
+class WeightEncoder(WeightConverter):  # type: ignore[misc]
+    """Every ``*.weight`` that no model-specific converter takes: encoded, or passed on as it is."""
+
+    __slots__ = ("block",)
+
+    def __init__(self, block: fp8.Block | None) -> None:
+        # The operation is never run: convert() is replaced. transformers wants at least one.
+        super().__init__([SCALE_PATTERN, WEIGHT_PATTERN], ".weight", operations=[MergeModulelist(dim=0)])
+        self.block = block
+
+    def convert(
+        self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
+        reads = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
+        module, parameter = _parameter(model, layer_name)
+        if WEIGHT_PATTERN not in reads:
+            raise CiuicError(
+                f"{layer_name}_scale_inv is in the checkpoint without its weight; a shard is missing."
+            )
+        weight: Tensor = reads[WEIGHT_PATTERN][0]()
+        scale: Tensor | None = reads[SCALE_PATTERN][0]() if SCALE_PATTERN in reads else None
+        if not _is_compressed(module, parameter):
+            return {
+                layer_name: _dense(layer_name, weight, scale, self.block, getattr(module, parameter).dtype)
+            }
+        shape = module.packed_shapes[parameter]  # type: ignore[union-attr,index]
+        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
+        encoder.add(0, weight, _required(layer_name, weight, scale, self.block))
+        return encoder.finish()
+
+
+class ExpertsEncoder(WeightConverter):  # type: ignore[misc]
+    """Experts that the model merges: ``experts.*.gate_proj.weight`` ... -> ``experts.gate_up_proj``.
+
+    Runs the model's own operations on one expert at a time, so it needs to know nothing of how they are merged.
+    """
+
+    __slots__ = ("block", "weights")
+
+    def __init__(self, original: Any, block: fp8.Block | None) -> None:
+        self.weights = [_anchored(pattern) for pattern in original._original_source_patterns]
+        scales = [_scale_pattern(pattern) for pattern in self.weights]
+        targets = list(original._original_target_patterns)
+        super().__init__(scales + self.weights, targets, operations=list(original.operations))
+        self.scope_prefix, self.base_model_prefix = original.scope_prefix, original.base_model_prefix
+        self.block = block
+
+    def convert(
+        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
+        reads = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
+        module, parameter = _parameter(model, layer_name)
+        compressed = _is_compressed(module, parameter)
+        shape = module.packed_shapes[parameter] if compressed else tuple(getattr(module, parameter).shape)  # type: ignore[union-attr,index]
+        self._check_counts(layer_name, reads, shape[0])
+        context = {"full_layer_name": layer_name, "model": model, "config": config}
+        if compressed:
+            encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
+            for index in range(shape[0]):
+                encoder.add(index, self._expert(layer_name, reads, index, context))
+            return encoder.finish()
+        dense = None
+        for index in range(shape[0]):
+            expert = self._expert(layer_name, reads, index, context)
+            if dense is None:
+                dense = torch.empty(shape, dtype=getattr(module, parameter).dtype, device=expert.device)
+            dense[index] = expert
+        assert dense is not None
+        return {layer_name: dense}
+
+    def _check_counts(self, layer_name: str, reads: dict[str, list[Read]], experts: int) -> None:
+        for pattern in self.weights:
+            found = len(reads.get(pattern, []))
+            scales = len(reads.get(_scale_pattern(pattern), []))
+            if found != experts or scales not in (0, experts):
+                raise CiuicError(
+                    f"{layer_name} needs {experts} experts but the checkpoint has {found} tensors {pattern} "
+                    f"({scales} scales); a shard is missing or config.json belongs to another model."
+                )
+
+    def _expert(
+        self, layer_name: str, reads: dict[str, list[Any]], index: int, context: dict[str, Any]
+    ) -> Tensor:
+        """One expert, merged by the model's own operations: ``[N, K]``."""
+        parts: dict[str, Any] = {}
+        for pattern in self.weights:
+            weight = _take(reads[pattern], index)
+            scales = reads.get(_scale_pattern(pattern))
+            scale = _required(layer_name, weight, _take(scales, index) if scales else None, self.block)
+            if scale is not None:
+                assert self.block is not None
+                weight = fp8.dequantize(layer_name, weight, scale, self.block)
+            parts[pattern] = [weight]
+        for operation in self.operations:
+            parts = operation.convert(
+                parts, source_patterns=self.weights, target_patterns=self.target_patterns, **context
+            )
+        merged = next(iter(parts.values()))
+        merged = merged[0] if isinstance(merged, list) else merged
+        return merged[0] if merged.dim() == 3 else merged
+
+
+class FusedEncoder(WeightConverter):  # type: ignore[misc]
+    """Experts that the checkpoint already keeps fused: one tensor ``[E, N, K]`` under the parameter's name."""
+
+    __slots__ = ()
+
+    def __init__(self, parameter: str) -> None:
+        super().__init__([rf"\.{parameter}$"], f".{parameter}", operations=[MergeModulelist(dim=0)])
+
+    def convert(
+        self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
+        (reads,) = (self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors))
+        module, parameter = _parameter(model, layer_name)
+        fused = reads[0]()
+        if not _is_compressed(module, parameter):
+            return {layer_name: fused.to(getattr(module, parameter).dtype)}
+        shape = module.packed_shapes[parameter]  # type: ignore[union-attr,index]
+        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], None)
+        if len(fused) != shape[0]:
+            raise CiuicError(
+                f"{layer_name} is {list(shape)} in this model but the checkpoint has {list(fused.shape)}."
+            )
+        for index, expert in enumerate(fused):
+            encoder.add(index, expert)
+        return encoder.finish()
+
+
+class ResultEncoder(WeightConverter):  # type: ignore[misc]
+    """Any other converter of the model (fused or split projections): its results are encoded."""
+
+    __slots__ = ()
+
+    @classmethod
+    def wrap(cls, original: Any) -> ResultEncoder:
+        wrapped = cls(
+            list(original._original_source_patterns),
+            list(original._original_target_patterns),
+            operations=list(original.operations),
+        )
+        wrapped.scope_prefix, wrapped.base_model_prefix = original.scope_prefix, original.base_model_prefix
+        return wrapped
+
+    def convert(
+        self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        converted = super().convert(layer_name, model=model, hf_quantizer=hf_quantizer, **kwargs)
+        results: dict[str, Tensor] = {}
+        for name in list(converted):
+            value = converted.pop(name)
+            tensor = value[0] if isinstance(value, list) else value
+            module, parameter = _parameter(model, name)
+            if _is_compressed(module, parameter):
+                shape = module.packed_shapes[parameter]  # type: ignore[union-attr,index]
+                encoder = Encoder(name, shape, hf_quantizer.codec_ids[name], None)
+                for index, matrix in enumerate(tensor if tensor.dim() == 3 else tensor.unsqueeze(0)):
+                    encoder.add(index, matrix)
+                results |= encoder.finish()
+            else:
+                results[name] = tensor
+        return results
+
+
+ENCODERS = (WeightEncoder, ExpertsEncoder, FusedEncoder, ResultEncoder)
+
+
+def streaming_conversions(
+    conversions: list[Any], expert_parameters: set[str], block: fp8.Block | None
+) -> list[Any]:
+    """The model's conversions with every converter replaced by one that encodes; the general one comes last.
+
+    Args:
+        expert_parameters: last name components of the fused expert parameters, such as ``gate_up_proj``.
+    """
+    updated = []
+    for conversion in conversions:
+        if not isinstance(conversion, WeightConverter):
+            updated.append(conversion)
+        elif isinstance(conversion.operations[0], MergeModulelist):
+            updated.append(ExpertsEncoder(conversion, block))
+        else:
+            updated.append(ResultEncoder.wrap(conversion))
+    fused = [FusedEncoder(parameter) for parameter in sorted(expert_parameters)]
+    return [*updated, *fused, WeightEncoder(block)]
+
+
+def _anchored(pattern: str) -> str:
+    return pattern if pattern.endswith("$") else f"{pattern}$"
+
+
+def _scale_pattern(weight_pattern: str) -> str:
+    return f"{weight_pattern.removesuffix('$')}{fp8.SCALE_SUFFIX}$"
+
+
+def _take(reads: list[Any], index: int) -> Tensor:
+    """Read one tensor and drop its reader, so that nothing keeps it alive."""
+    read, reads[index] = reads[index], None
+    return read()
+
+
+def _required(name: str, weight: Tensor, scale: Tensor | None, block: fp8.Block | None) -> Tensor | None:
+    """The scale of an FP8 weight, None for others. Raises CiuicError when one is there without the other."""
+    is_fp8 = weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    if is_fp8 and (scale is None or block is None):
+        raise CiuicError(
+            f"{name} is FP8 but has no weight_scale_inv or config.json no fp8 quantization_config; a shard is missing "
+            "or the checkpoint is incomplete."
+        )
+    return scale if is_fp8 else None
+
+
+def _dense(
+    name: str, weight: Tensor, scale: Tensor | None, block: fp8.Block | None, dtype: torch.dtype
+) -> Tensor:
+    """A weight that is kept: FP8 is dequantized with unrounded scales, the rest arrives in its final dtype."""
+    scale = _required(name, weight, scale, block)
+    if scale is None:
+        return weight if weight.dtype in FLOAT_DTYPES and block is None else weight.to(dtype)
+    assert block is not None
+    return fp8.dequantize(name, weight, scale, block).to(dtype)

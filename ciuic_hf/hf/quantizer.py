@@ -1,0 +1,207 @@
+"""``CiuicQuantizer``: the hooks of transformers that compress while loading, and report what happened."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from ciuic_hf.checkpoint import TensorHeader, check_files
+from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf import fp8
+from ciuic_hf.hf.config import METHOD, CiuicConfig
+from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
+from ciuic_hf.hf.reporting import build_report
+from ciuic_hf.memory import PeakMemory
+from ciuic_hf.modules.packed import TAGS
+from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
+from ciuic_hf.modules.targets import Target, find_targets
+from ciuic_kernels import BlockGrid
+from ciuic_kernels.layout import arena_nbytes
+
+
+@register_quantizer(METHOD)
+class CiuicQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Compresses a model while transformers loads it, or loads one that was saved compressed.
+
+    Attributes:
+        codec_ids: parameter name -> uint8 ``[strips, kblocks]``, while a model is being compressed.
+    """
+
+    def __init__(self, quantization_config: CiuicConfig, **kwargs: Any) -> None:
+        config = copy.deepcopy(quantization_config)  # one CiuicConfig can serve many loads
+        super().__init__(config, **kwargs)
+        source = config.source_quantization
+        self.pre_quantized = self.pre_quantized and source is None
+        if not self.pre_quantized:
+            config.parameters, config.kept = {}, {}
+        self.fp8_block = fp8.block_size(source) if source is not None else None
+        self.codec_ids: dict[str, Tensor] = {}
+        self._started = time.perf_counter()
+        self._peak = PeakMemory()
+
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **_: Any,
+    ) -> None:
+        headers = check_files(checkpoint_files or [])
+        config = self.quantization_config
+        with torch.device("cpu"):  # transformers calls this with meta as the default device
+            if self.pre_quantized:
+                _check_sizes(config, headers)
+            else:
+                self._choose(model, config)
+        entries = ((name, tuple(e["shape"]), e["arena_nbytes"]) for name, e in config.parameters.items())
+        swap_in(model, entries, dtype or torch.get_default_dtype())
+        _tie_tags(model)
+        for _name, module in compressed_modules(model):
+            module._is_hf_initialized = True  # else offloaded arenas would be given random values
+        if not self.pre_quantized:
+            self._read_as_stored(model)
+        self._peak.start()
+
+    def _choose(self, model: Any, config: CiuicConfig) -> None:
+        """Decide what every parameter becomes and write it into the config."""
+        targets, kept = find_targets(model, config.intent, _kept_in_float32(model))
+        self.codec_ids = {target.name: target.codec_ids for target in targets}
+        config.parameters = {target.name: _entry(target) for target in targets}
+        config.kept = {k.name: k.reason for k in kept}
+
+    def _read_as_stored(self, model: Any) -> None:
+        """Have tensors read in the dtype of the file: weights are rounded once, FP8 and its scales not at all."""
+        verbatim = list(self.codec_ids)
+        if self.fp8_block is not None:
+            verbatim += [
+                f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            ]
+            verbatim += [name for name in self.quantization_config.kept if "experts" in name]
+        plan_of_model = model._get_dtype_plan
+        plan = dict.fromkeys(_name_patterns(verbatim, [name for name, _ in model.named_parameters()]))
+        model._get_dtype_plan = lambda dtype: plan_of_model(dtype) | plan
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        if self.pre_quantized:
+            return weight_conversions
+        experts = {name.rpartition(".")[2] for name, e in self._parameters() if len(e["shape"]) == 3}
+        return streaming_conversions(weight_conversions, experts, self.fp8_block)
+
+    def _parameters(self) -> Iterable[tuple[str, dict[str, Any]]]:
+        return self.quantization_config.parameters.items()
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        self._peak.stop()
+        model.__dict__.pop("_get_dtype_plan", None)
+        # Ours cannot be reversed and must not be: a compressed model is saved under its own names.
+        model._weight_conversions = [
+            c for c in model._weight_conversions or [] if not isinstance(c, ENCODERS)
+        ]
+        self.codec_ids = {}
+        for name, module in compressed_modules(model):
+            try:
+                module.prepare()
+            except CiuicError as error:
+                raise CiuicError(f"{name}: {error}") from None
+        report = build_report(model, self.quantization_config)
+        report.seconds = time.perf_counter() - self._started
+        report.peak_nbytes, report.peak_of = self._peak.nbytes, self._peak.kind
+        model.ciuic_report = report
+        if logging.is_progress_bar_enabled():
+            Console(stderr=True).print(report)
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if any(p.device.type == "meta" for p in model.parameters()):
+            raise CiuicError("This model is offloaded; load it without offloading to dequantize it.")
+        # config.dtype is the string "bfloat16" once the config has been saved
+        restore_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model._weight_conversions = None  # from now on it saves under the names of its architecture
+        model.__dict__.pop("ciuic_report", None)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        return None, {"ciuic_format": str(self.quantization_config.format_version)}
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _entry(target: Target) -> dict[str, Any]:
+    grid = BlockGrid(target.shape)
+    nbytes = arena_nbytes(target.codec_ids, BlockGrid(target.shape[-2:])) * grid.matrices
+    return {"shape": list(target.shape), "arena_nbytes": nbytes, "role": target.role}
+
+
+def _kept_in_float32(model: Any) -> list[str]:
+    names = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
+    return sorted(set(names))
+
+
+def _tie_tags(model: Any) -> None:
+    """Tags of tied weights are tied like the weights."""
+    compressed = {f"{name}.{p}" for name, module in compressed_modules(model) for p in module.packed_shapes}
+    for name, source in list(model.all_tied_weights_keys.items()):
+        if name in compressed and source in compressed:
+            model.all_tied_weights_keys[name + TAGS] = source + TAGS
+
+
+def _name_patterns(names: list[str], all_names: list[str]) -> list[str]:
+    """Regular expressions that match exactly ``names`` among ``all_names``, one for all layers where possible."""
+    chosen = set(names)
+    outside = {_layerless(name) for name in all_names if name not in chosen}
+    patterns = {}
+    for name in names:
+        general = _layerless(name)
+        patterns[general if general not in outside else f"^{re.escape(name)}$"] = None
+    return list(patterns)
+
+
+def _layerless(name: str) -> str:
+    parts = [r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")]
+    return "^" + r"\.".join(parts) + "$"
+
+
+def _check_sizes(config: CiuicConfig, headers: list[TensorHeader]) -> None:
+    """Compare what config.json says of a compressed checkpoint with what its files hold. Raises CiuicError."""
+    if not config.is_compressed:
+        raise CiuicError(
+            "config.json says quant_method ciuic but lists no compressed parameters; it was not saved by ciuic_hf."
+        )
+    by_name = {header.name: header for header in headers}
+    for name, entry in config.parameters.items():
+        shape, nbytes = entry.get("shape"), entry.get("arena_nbytes")
+        whole = (
+            isinstance(shape, list)
+            and len(shape) in (2, 3)
+            and all(isinstance(s, int) and s > 0 for s in shape)
+        )
+        if not whole or not isinstance(nbytes, int) or nbytes < 0:
+            raise CiuicError(f"config.json describes {name} as {entry!r}; it needs a shape and arena_nbytes.")
+        header = by_name.get(name)
+        if header is not None and (header.dtype != "U8" or header.shape != (nbytes,)):
+            raise CiuicError(
+                f"{header.file.name}: {name} is {header.dtype} {list(header.shape)} but config.json says an arena of "
+                f"{nbytes} bytes; the files belong to different checkpoints."
+            )
+        tags = by_name.get(name + TAGS)
+        if tags is not None and (tags.dtype != "U8" or tags.shape != BlockGrid(tuple(shape)).tags_shape):
+            raise CiuicError(
+                f"{tags.file.name}: {name}{TAGS} is {tags.dtype} {list(tags.shape)}, a parameter {shape} needs U8 "
+                f"{list(BlockGrid(tuple(shape)).tags_shape)}; the files belong to different checkpoints."
+            )

@@ -1,0 +1,1 @@
+"""torch modules whose weights are compressed, and swapping them into a model."""

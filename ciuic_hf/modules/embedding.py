@@ -1,0 +1,38 @@
+"""``CiuicEmbedding``: ``nn.Embedding`` with a compressed table."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ciuic_hf.modules.packed import PackedModule
+from ciuic_kernels import ops
+
+
+class CiuicEmbedding(PackedModule, nn.Embedding):
+    """Rows of a table ``[V, H]``, decoded when they are looked up. No gradient reaches the table."""
+
+    @classmethod
+    def adopt(cls, embedding: nn.Embedding, dtype: torch.dtype | None = None) -> Self:
+        """Turn an Embedding into a CiuicEmbedding in place, without a table; ``set_packed`` installs one."""
+        dtype = dtype or embedding.weight.dtype
+        del embedding._parameters["weight"]
+        embedding.__class__ = cls
+        assert isinstance(embedding, cls)
+        embedding._declare_packed({"weight": (embedding.num_embeddings, embedding.embedding_dim)}, dtype)
+        return embedding
+
+    def dense_class(self) -> type[nn.Module]:
+        return nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids ``[...]`` -> ``[..., H]`` in ``dense_dtype``."""
+        arena, tags, offsets = self.weight, self.weight_tags, self.offsets("weight")
+        return ops.embedding(
+            input, arena, tags, offsets, self.num_embeddings, self.embedding_dim, self.dense_dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.packed_repr()}"

@@ -1,0 +1,97 @@
+"""Compressed fused experts: the ``[E, N, K]`` parameters of a mixture-of-experts layer.
+
+transformers keeps all experts of a layer in two parameters, ``gate_up_proj [E, 2 I, H]`` and ``down_proj
+[E, H, I]``. The module keeps its class's activation and gating; only the products change.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from ciuic_hf.modules.packed import PackedModule
+from ciuic_kernels import ops
+
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+
+_UNSUPPORTED = {
+    "is_transposed": (True, "its weights are transposed ([E, K, N])"),
+    "has_bias": (True, "its experts have biases"),
+    "has_gate": (False, "its experts have no gate"),
+    "is_concatenated": (False, "gate and up are interleaved"),
+    "has_post_expert_norm": (True, "it normalises after each expert"),
+}
+
+
+class CiuicExperts(PackedModule):
+    """Mixin that computes fused experts from compressed parameters; see :func:`adopt_experts`."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum of the routed experts' outputs.
+
+        Args:
+            hidden_states: ``[T, H]``.
+            top_k_index: int64 ``[T, k]``; an id of E means no expert.
+            top_k_weights: ``[T, k]``.
+
+        Returns:
+            ``[T, H]`` in the dtype of ``hidden_states``.
+        """
+        gate_up = self._products(hidden_states, top_k_index, "gate_up_proj")
+        down = self._products(self._apply_gate(gate_up), top_k_index, "down_proj")
+        weighted = down.unflatten(0, top_k_index.shape) * top_k_weights.unsqueeze(-1)
+        return weighted.sum(dim=1).to(hidden_states.dtype)
+
+    def _products(self, x: Tensor, expert_ids: Tensor, name: str) -> Tensor:
+        arena, tags = getattr(self, name), getattr(self, f"{name}_tags")
+        return ops.expert_linear(x, expert_ids, arena, tags, self.offsets(name), self.packed_shapes[name][1])
+
+    def dense_class(self) -> type[nn.Module]:
+        return type(self).__mro__[2]
+
+    def extra_repr(self) -> str:
+        return self.packed_repr()
+
+
+@cache
+def _compressed_class(base: type[nn.Module]) -> type[nn.Module]:
+    """``Ciuic<Base>``: the base class with the products of CiuicExperts."""
+    return type(f"Ciuic{base.__name__}", (CiuicExperts, base), {"__module__": __name__})
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module holds 3-D expert parameters."""
+    return any(isinstance(p, nn.Parameter) and p.dim() == 3 for p in module._parameters.values())
+
+
+def unsupported_reason(module: nn.Module) -> str:
+    """Why fused experts cannot be compressed, or an empty string."""
+    three_d = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+    if set(three_d) != set(EXPERT_PARAMETERS) or set(module._parameters) != set(EXPERT_PARAMETERS):
+        return f"its parameters are {', '.join(module._parameters)} instead of {', '.join(EXPERT_PARAMETERS)}"
+    for flag, (bad, reason) in _UNSUPPORTED.items():
+        if getattr(module, flag, not bad) == bad:
+            return reason
+    experts, double, hidden = three_d["gate_up_proj"].shape
+    if tuple(three_d["down_proj"].shape) != (experts, hidden, double // 2) or not hasattr(
+        module, "_apply_gate"
+    ):
+        return (
+            f"gate_up_proj {list(three_d['gate_up_proj'].shape)} and down_proj {list(three_d['down_proj'].shape)} "
+            "are not [E, 2 I, H] and [E, H, I] with a gate"
+        )
+    return ""
+
+
+def adopt_experts(module: nn.Module, dtype: torch.dtype | None = None) -> CiuicExperts:
+    """Turn fused experts into compressed ones in place, without weights; ``set_packed`` installs them."""
+    shapes = {name: tuple(module._parameters[name].shape) for name in EXPERT_PARAMETERS}  # type: ignore[union-attr]
+    dtype = dtype or module._parameters["down_proj"].dtype  # type: ignore[union-attr]
+    for name in EXPERT_PARAMETERS:
+        del module._parameters[name]
+    module.__class__ = _compressed_class(type(module))
+    assert isinstance(module, CiuicExperts)
+    module._declare_packed(shapes, dtype)
+    return module

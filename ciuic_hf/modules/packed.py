@@ -1,0 +1,113 @@
+"""What all compressed modules share: parameters that hold arenas and tags, and the offsets derived from them.
+
+A compressed parameter keeps its name and holds the arena, 1-D uint8; ``<name>_tags`` holds the tags. Both are
+``nn.Parameter`` without gradient, because accelerate offloads parameters and tensors of that name are what a
+checkpoint stores. Strip offsets are derived, never saved, and follow the module from device to device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ciuic_hf.errors import CiuicError
+from ciuic_kernels import BlockGrid, PackedTensor, ops
+from ciuic_kernels.layout import FormatError, strip_offsets
+
+TAGS = "_tags"
+
+
+class PackedModule(nn.Module):
+    """Mixin for a module with compressed parameters.
+
+    Attributes:
+        packed_shapes: parameter name -> logical shape ``(N, K)`` or ``(E, N, K)``.
+        dense_dtype: dtype of the weights when decoded, and of an embedding's output.
+    """
+
+    packed_shapes: dict[str, tuple[int, ...]]
+    dense_dtype: torch.dtype
+    _offsets: dict[str, Tensor]
+
+    def _declare_packed(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.packed_shapes, self.dense_dtype, self._offsets = shapes, dtype, {}
+
+    def set_packed(self, name: str, packed: PackedTensor) -> None:
+        """Install a compressed parameter. Raises CiuicError when its shape is another one."""
+        if tuple(packed.shape) != tuple(self.packed_shapes[name]):
+            raise CiuicError(
+                f"{name} has shape {list(self.packed_shapes[name])}, the packed tensor {list(packed.shape)}."
+            )
+        self.register_parameter(name, nn.Parameter(packed.arena, requires_grad=False))
+        self.register_parameter(name + TAGS, nn.Parameter(packed.tags, requires_grad=False))
+        self._offsets.pop(name, None)
+
+    def packed(self, name: str) -> PackedTensor:
+        """A compressed parameter with its tags."""
+        return PackedTensor(
+            self.packed_shapes[name], getattr(self, name).data, getattr(self, name + TAGS).data
+        )
+
+    def offsets(self, name: str) -> Tensor:
+        """int64 ``[matrices * strips + 1]``, validated when first derived. Raises CiuicError."""
+        tags = getattr(self, name + TAGS)
+        cached = self._offsets.get(name)
+        if cached is None or cached.device != tags.device:
+            grid = BlockGrid(tuple(self.packed_shapes[name]))
+            try:
+                cached = strip_offsets(tags.data, grid, getattr(self, name).numel())
+            except FormatError as error:
+                raise CiuicError(f"{type(self).__name__}.{name}: {error}") from None
+            self._offsets[name] = cached
+        return cached
+
+    def prepare(self) -> None:
+        """Derive and check all offsets now (weights must be on a real device)."""
+        for name in self.packed_shapes:
+            if getattr(self, name).device.type != "meta":
+                self.offsets(name)
+
+    def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense parameter, ``[N, K]`` or ``[E, N, K]``."""
+        rows, cols = self.packed_shapes[name][-2:]
+        arena, tags = getattr(self, name), getattr(self, name + TAGS)
+        return ops.dequantize(arena, tags, self.offsets(name), rows, cols, dtype or self.dense_dtype)
+
+    def dense_class(self) -> type[nn.Module]:
+        """The class this module had before it was compressed."""
+        raise NotImplementedError
+
+    def restore(self, dtype: torch.dtype) -> nn.Module:
+        """Turn it back into its original class with decoded weights, in place."""
+        for name in self.packed_shapes:
+            dense = nn.Parameter(self.dequantize(name, dtype), requires_grad=False)
+            del self._parameters[name + TAGS]
+            self._parameters[name] = dense
+        dense_class = self.dense_class()
+        for name in ("packed_shapes", "dense_dtype", "_offsets"):
+            del self.__dict__[name]
+        self.__class__ = dense_class  # type: ignore[assignment]
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Arenas are bytes, so .to(dtype) leaves them alone; the dtype of dense results follows like a weight's.
+        super()._apply(fn, recurse)
+        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
+        self._offsets = {name: fn(offsets) for name, offsets in self._offsets.items()}
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._offsets = {}
+
+    def packed_repr(self) -> str:
+        """``weight: 4.25 bits`` for each compressed parameter."""
+        parts = []
+        for name, shape in self.packed_shapes.items():
+            if name in self._parameters:
+                nbytes = getattr(self, name).numel() + getattr(self, name + TAGS).numel()
+                parts.append(f"{name}: {8 * nbytes / BlockGrid(tuple(shape)).numel:.2f} bits")
+        return ", ".join(parts)

@@ -1,0 +1,174 @@
+"""Which weights of a model are compressed, to what, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ciuic_hf.config import RAW, CompressionIntent, Setting
+from ciuic_hf.errors import CiuicError
+from ciuic_hf.modules.experts import EXPERT_PARAMETERS, is_fused_experts, unsupported_reason
+from ciuic_hf.planning.uniform import codec_ids
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter to compress.
+
+    Attributes:
+        module_name, parameter: where it is; ``name`` is both joined.
+        role: see ``ciuic_hf.config``.
+        shape: ``(N, K)`` or ``(E, N, K)``.
+        codec_ids: uint8 ``[strips, kblocks]``, the same for every expert.
+    """
+
+    module_name: str
+    parameter: str
+    role: str
+    shape: tuple[int, ...]
+    codec_ids: Tensor
+
+    @property
+    def name(self) -> str:
+        return f"{self.module_name}.{self.parameter}"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A weight that stays as it is."""
+
+    name: str
+    reason: str
+
+
+def role_of(name: str, module: nn.Module, embeddings: nn.Module | None, head: nn.Module | None) -> str:
+    """The role of a module; see ``ciuic_hf.config``."""
+    if module is head:
+        return "lm_head"
+    if module is embeddings:
+        return "embeddings"
+    parts = name.split(".")
+    if any("attn" in part or "attention" in part for part in parts):
+        return "attention"
+    if any("shared_expert" in part for part in parts):
+        return "shared_experts"
+    if any(part in ("experts", "expert") for part in parts):
+        return "experts"
+    return "mlp" if any(part in ("mlp", "feed_forward", "ffn") for part in parts) else "linear"
+
+
+def find_targets(
+    model: nn.Module, intent: CompressionIntent, keep_patterns: Iterable[str] = ()
+) -> tuple[list[Target], list[Kept]]:
+    """Every matrix of the model, to compress or to keep.
+
+    Args:
+        model: may be on meta; uses ``get_input_embeddings``, ``get_output_embeddings`` and
+            ``all_tied_weights_keys`` where it has them.
+        keep_patterns: parts of names that the model keeps in float32.
+
+    Raises:
+        CiuicError: for an unsupported experts layout, a pattern that matches nothing, or tied weights that are
+            set to different things.
+    """
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    keep_patterns = list(keep_patterns)
+    targets: list[Target] = []
+    kept: list[Kept] = []
+    for name, module in model.named_modules():
+        candidates = _candidates(name, module, embeddings, intent)
+        role = role_of(name, module, embeddings, head)
+        for parameter, weight in candidates:
+            full_name = f"{name}.{parameter}"
+            reason = _reason_to_keep(full_name, module, keep_patterns)
+            outcome = reason or _plan(full_name, role if weight.dim() == 2 else "experts", weight, intent)
+            if isinstance(outcome, str):
+                kept.append(Kept(full_name, outcome))
+            else:
+                targets.append(Target(name, parameter, role if weight.dim() == 2 else "experts", *outcome))
+        kept += _other_matrices(name, module, {parameter for parameter, _ in candidates})
+    intent.check_used([t.name for t in targets] + [k.name for k in kept])
+    return _settle_ties(model, targets, kept, intent)
+
+
+def _candidates(
+    name: str, module: nn.Module, embeddings: nn.Module | None, intent: CompressionIntent
+) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of one module that could be compressed."""
+    if isinstance(module, nn.Linear) or (module is embeddings and isinstance(module, nn.Embedding)):
+        return [("weight", module.weight)]
+    if is_fused_experts(module) and "experts" in name:
+        names = [p for p, weight in module._parameters.items() if weight is not None and weight.dim() == 3]
+        raw = all(intent.setting(f"{name}.{p}", "experts") == RAW for p in names)
+        reason = unsupported_reason(module)
+        if reason and not raw:
+            raise CiuicError(
+                f"The experts {name} ({type(module).__name__}) cannot be compressed: {reason}. "
+                'Pass modules={"experts": "raw"} to leave them in full precision.'
+            )
+        return [(p, getattr(module, p)) for p in (EXPERT_PARAMETERS if not reason else names)]
+    return []
+
+
+def _reason_to_keep(name: str, module: nn.Module, keep_patterns: list[str]) -> str:
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.Embedding) and (type(module) is not nn.Embedding or module.max_norm is not None):
+        return f"{type(module).__name__} has a forward of its own"
+    if any(part in name for part in keep_patterns):
+        return "the model keeps it in float32"
+    return ""
+
+
+def _plan(
+    name: str, role: str, weight: nn.Parameter, intent: CompressionIntent
+) -> tuple[tuple[int, ...], Tensor] | str:
+    """Shape and codecs of one parameter, or the reason to keep it."""
+    setting: Setting = intent.setting(name, role)
+    if setting == RAW or (isinstance(setting, float) and setting >= 16):
+        return f"asked for ({role}: {setting})"
+    try:
+        return tuple(weight.shape), codec_ids(tuple(weight.shape[-2:]), setting)
+    except CiuicError as error:
+        return f"too small ({error})"
+
+
+def _other_matrices(name: str, module: nn.Module, seen: set[str]) -> list[Kept]:
+    """Matrices that are no candidates: routers, position tables, convolutions."""
+    return [
+        Kept(f"{name}.{parameter}" if name else parameter, f"a parameter of {type(module).__name__}")
+        for parameter, weight in module._parameters.items()
+        if weight is not None and weight.dim() >= 2 and parameter not in seen
+    ]
+
+
+def _settle_ties(
+    model: nn.Module, targets: list[Target], kept: list[Kept], intent: CompressionIntent
+) -> tuple[list[Target], list[Kept]]:
+    """Tied parameters get the choice of the one they are tied to; they must not be told different things."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    by_name = {target.name: target for target in targets}
+    reasons = {k.name: k for k in kept}
+    for name, source in tied.items():
+        if name not in by_name and source not in by_name:
+            continue
+        told = {key: intent.modules[key] for key in ("embeddings", "lm_head") if key in intent.modules}
+        if len(told) == 2 and len(set(told.values())) == 2:
+            raise CiuicError(
+                f"{name} is tied to {source}, so both are stored once; modules asks for {told}. Give them the same."
+            )
+        raw = [n for n in (name, source) if n not in by_name]
+        if raw:
+            for other in {name, source} & set(by_name):
+                targets.remove(by_name.pop(other))
+                kept.append(Kept(other, f"tied to {raw[0]}, which is kept: {reasons[raw[0]].reason}"))
+            continue
+        choice = by_name[name] if "lm_head" in told else by_name[source]
+        for other in (name, source):
+            old = by_name[other]
+            by_name[other] = Target(old.module_name, old.parameter, old.role, old.shape, choice.codec_ids)
+            targets[targets.index(old)] = by_name[other]
+    return targets, kept

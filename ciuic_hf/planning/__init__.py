@@ -1,0 +1,1 @@
+"""Which codec each block gets."""

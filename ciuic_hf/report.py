@@ -1,0 +1,178 @@
+"""What a compression did: every parameter, what was left alone and why, bytes, time and peak memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from ciuic_hf.config import ROLES
+
+ROLE_ORDER = {
+    role: i for i, role in enumerate(("embeddings", "attention", "mlp", "shared_experts", "experts"))
+}
+
+
+def human_bytes(nbytes: float) -> str:
+    """``1536`` -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(nbytes) < 1024 or unit == "TiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.{0 if nbytes >= 100 else 1}f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+@dataclass(frozen=True)
+class CompressedParameter:
+    """One compressed parameter.
+
+    Attributes:
+        weights: number of weights.
+        nbytes: everything stored: arena and tags.
+        dense_nbytes: bytes of the same weights in the model's dtype.
+        codecs: codec name -> number of blocks.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    weights: int
+    nbytes: int
+    dense_nbytes: int
+    codecs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass(frozen=True)
+class KeptParameter:
+    """One parameter that stays as it is, and why."""
+
+    name: str
+    reason: str
+    weights: int
+    nbytes: int
+
+
+@dataclass
+class Report:
+    """Everything that a load or an inspection found.
+
+    Attributes:
+        seconds: wall time of the load, None for an inspection.
+        peak_nbytes: highest memory above the start of the load (``peak_of`` says which memory), None if unknown.
+    """
+
+    compressed: list[CompressedParameter]
+    kept: list[KeptParameter]
+    source: str = ""
+    seconds: float | None = None
+    peak_nbytes: int | None = None
+    peak_of: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model as it is now."""
+        return sum(p.nbytes for p in self.compressed) + sum(p.nbytes for p in self.kept)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the model without compression."""
+        return sum(p.dense_nbytes for p in self.compressed) + sum(p.nbytes for p in self.kept)
+
+    def bits_per_weight(self, roles: Iterable[str] = ROLES) -> float:
+        """Bits per weight, everything stored counted, over the compressed parameters of some roles."""
+        chosen = [p for p in self.compressed if p.role in set(roles)]
+        weights = sum(p.weights for p in chosen)
+        return 8 * sum(p.nbytes for p in chosen) / weights if weights else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "source": self.source,
+            "nbytes": self.nbytes,
+            "dense_nbytes": self.dense_nbytes,
+            "bits_per_weight": self.bits_per_weight() if self.compressed else None,
+            "seconds": self.seconds,
+            "peak_nbytes": self.peak_nbytes,
+            "peak_of": self.peak_of,
+            "compressed": [vars(p) | {"bits_per_weight": p.bits_per_weight} for p in self.compressed],
+            "kept": [vars(p) for p in self.kept],
+        }
+
+    def __rich__(self) -> Group:
+        table = Table(title=self.source or None, title_justify="left")
+        table.add_column("role")
+        for heading in ("tensors", "weights", "bits/weight", "before", "after"):
+            table.add_column(heading, justify="right")
+        table.add_column("codecs or reason")
+        for row in [*self._compressed_rows(), *self._kept_rows()]:
+            table.add_row(*row)
+        table.add_section()
+        bits = f"{8 * self.nbytes / max(1, self._weights()):.2f}"
+        count = str(len(self.compressed) + len(self.kept))
+        table.add_row(
+            "total", count, f"{self._weights():,}", bits, human_bytes(self.dense_nbytes), human_bytes(self.nbytes),
+            f"{self.dense_nbytes / max(1, self.nbytes):.2f}x smaller",
+        )  # fmt: skip
+        return Group(table, *([Text(self._run())] if self.seconds is not None else []))
+
+    def __str__(self) -> str:
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def _weights(self) -> int:
+        return sum(p.weights for p in self.compressed) + sum(p.weights for p in self.kept)
+
+    def _run(self) -> str:
+        peak = (
+            f", peak {human_bytes(self.peak_nbytes)} ({self.peak_of})" if self.peak_nbytes is not None else ""
+        )
+        return f"Loaded in {self.seconds:.1f} s{peak}."
+
+    def _compressed_rows(self) -> list[tuple[str, ...]]:
+        by_role: dict[str, list[CompressedParameter]] = defaultdict(list)
+        for parameter in self.compressed:
+            by_role[parameter.role].append(parameter)
+        rows = []
+        for role in sorted(by_role, key=lambda r: (ROLE_ORDER.get(r, 99), r)):
+            group = by_role[role]
+            weights, nbytes = sum(p.weights for p in group), sum(p.nbytes for p in group)
+            rows.append(
+                (
+                    role, str(len(group)), f"{weights:,}", f"{8 * nbytes / weights:.2f}",
+                    human_bytes(sum(p.dense_nbytes for p in group)), human_bytes(nbytes), _codec_shares(group),
+                )
+            )  # fmt: skip
+        return rows
+
+    def _kept_rows(self) -> list[tuple[str, ...]]:
+        by_reason: dict[str, list[KeptParameter]] = defaultdict(list)
+        for parameter in self.kept:
+            by_reason[parameter.reason].append(parameter)
+        rows = []
+        for reason, group in sorted(by_reason.items()):
+            weights, nbytes = sum(p.weights for p in group), sum(p.nbytes for p in group)
+            bits = f"{8 * nbytes / max(1, weights):.2f}"
+            size = human_bytes(nbytes)
+            rows.append(("kept", str(len(group)), f"{weights:,}", bits, size, size, reason))
+        return rows
+
+
+def _codec_shares(group: list[CompressedParameter]) -> str:
+    blocks: dict[str, int] = defaultdict(int)
+    for parameter in group:
+        for codec, count in parameter.codecs.items():
+            blocks[codec] += count
+    total = sum(blocks.values())
+    shares = sorted(blocks.items(), key=lambda item: -item[1])
+    return ", ".join(f"{codec} {100 * count / total:.0f}%" for codec, count in shares if count)
