@@ -55,7 +55,7 @@ def read_header(path: Path) -> list[TensorHeader]:
     return tensors
 
 
-def _tensor(name: str, entry: dict, path: Path) -> TensorHeader:  # type: ignore[type-arg]
+def _tensor(name: str, entry: dict, path: Path) -> TensorHeader:
     try:
         begin, end = entry["data_offsets"]
         nbytes, shape = end - begin, tuple(entry["shape"])
@@ -91,7 +91,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
     return [single]
 
 
-def read_config(directory: Path) -> dict:  # type: ignore[type-arg]
+def read_config(directory: Path) -> dict:
     """config.json of a checkpoint directory. Raises CiuicError when there is none."""
     path = directory / "config.json"
     if not path.is_file():

@@ -67,8 +67,8 @@ class CompressionIntent:
     modules: Mapping[str, Setting] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", check_setting(self.bits, "bits"))
-        if isinstance(self.bits, str):
+        bits = check_setting(self.bits, "bits")
+        if isinstance(bits, str):
             raise CiuicError(
                 f'bits must be a number; use modules={{"linear": {self.bits!r}}} to name a codec.'
             )

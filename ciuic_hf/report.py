@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,15 @@ def human_bytes(nbytes: float) -> str:
         if abs(nbytes) < 1024 or unit == "TiB":
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.{0 if nbytes >= 100 else 1}f} {unit}"
         nbytes /= 1024
+    raise AssertionError
+
+
+def human_count(count: float) -> str:
+    """``79626240`` -> ``79.6 M``."""
+    for unit in ("", " k", " M", " G"):
+        if count < 1000 or unit == " G":
+            return f"{count:.0f}" if not unit else f"{count:.{0 if count >= 100 else 1}f}{unit}"
+        count /= 1000
     raise AssertionError
 
 
@@ -108,24 +118,20 @@ class Report:
         }
 
     def __rich__(self) -> Group:
-        table = Table(title=self.source or None, title_justify="left")
-        table.add_column("role")
-        for heading in ("tensors", "weights", "bits/weight", "before", "after"):
-            table.add_column(heading, justify="right")
-        table.add_column("codecs or reason")
+        table = Table(title=self.source or None, title_justify="left", box=box.ROUNDED)
+        table.add_column("role", no_wrap=True)
+        for heading in ("weights", "bits", "before", "after"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("how, or why not")
         for row in [*self._compressed_rows(), *self._kept_rows()]:
             table.add_row(*row)
         table.add_section()
-        bits = f"{8 * self.nbytes / max(1, self._weights()):.2f}"
-        count = str(len(self.compressed) + len(self.kept))
-        table.add_row(
-            "total", count, f"{self._weights():,}", bits, human_bytes(self.dense_nbytes), human_bytes(self.nbytes),
-            f"{self.dense_nbytes / max(1, self.nbytes):.2f}x smaller",
-        )  # fmt: skip
+        ratio = f"{self.dense_nbytes / max(1, self.nbytes):.2f}x smaller"
+        table.add_row(*_row("total", self._weights(), self.dense_nbytes, self.nbytes, ratio))
         return Group(table, *([Text(self._run())] if self.seconds is not None else []))
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None)
+        console = Console(width=100, color_system=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
@@ -143,29 +149,27 @@ class Report:
         by_role: dict[str, list[CompressedParameter]] = defaultdict(list)
         for parameter in self.compressed:
             by_role[parameter.role].append(parameter)
-        rows = []
-        for role in sorted(by_role, key=lambda r: (ROLE_ORDER.get(r, 99), r)):
+        rows: list[tuple[str, ...]] = []
+        for role in sorted(by_role, key=lambda r: (ROLE_ORDER.get(r, len(ROLE_ORDER)), r)):
             group = by_role[role]
-            weights, nbytes = sum(p.weights for p in group), sum(p.nbytes for p in group)
-            rows.append(
-                (
-                    role, str(len(group)), f"{weights:,}", f"{8 * nbytes / weights:.2f}",
-                    human_bytes(sum(p.dense_nbytes for p in group)), human_bytes(nbytes), _codec_shares(group),
-                )
-            )  # fmt: skip
+            weights, before = sum(p.weights for p in group), sum(p.dense_nbytes for p in group)
+            rows.append(_row(role, weights, before, sum(p.nbytes for p in group), _codec_shares(group)))
         return rows
 
     def _kept_rows(self) -> list[tuple[str, ...]]:
         by_reason: dict[str, list[KeptParameter]] = defaultdict(list)
         for parameter in self.kept:
             by_reason[parameter.reason].append(parameter)
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for reason, group in sorted(by_reason.items()):
-            weights, nbytes = sum(p.weights for p in group), sum(p.nbytes for p in group)
-            bits = f"{8 * nbytes / max(1, weights):.2f}"
-            size = human_bytes(nbytes)
-            rows.append(("kept", str(len(group)), f"{weights:,}", bits, size, size, reason))
+            nbytes = sum(p.nbytes for p in group)
+            rows.append(_row("kept", sum(p.weights for p in group), nbytes, nbytes, reason))
         return rows
+
+
+def _row(role: str, weights: int, before: int, after: int, how: str) -> tuple[str, ...]:
+    bits = f"{8 * after / max(1, weights):.2f}"
+    return role, human_count(weights), bits, human_bytes(before), human_bytes(after), how
 
 
 def _codec_shares(group: list[CompressedParameter]) -> str:

@@ -17,7 +17,7 @@ METHOD = "ciuic"
 
 
 @register_quantization_config(METHOD)
-class CiuicConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CiuicConfig(QuantizationConfigMixin):
     """Compress a model while it loads.
 
     Args:

@@ -24,13 +24,11 @@ Read = Callable[[], Tensor]
 SCALE_PATTERN, WEIGHT_PATTERN = r"\.weight_scale_inv$", r"\.weight$"
 
 
-def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _packed_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    """The logical shape of a compressed parameter, None for one that is kept."""
     module_name, _, parameter = name.rpartition(".")
-    return model.get_submodule(module_name), parameter
-
-
-def _is_compressed(module: nn.Module, parameter: str) -> bool:
-    return isinstance(module, PackedModule) and parameter in module.packed_shapes
+    module = model.get_submodule(module_name)
+    return module.packed_shapes.get(parameter) if isinstance(module, PackedModule) else None
 
 
 class Encoder:
@@ -83,7 +81,7 @@ class Encoder:
         return {self.name: self._packed.arena, self.name + TAGS: self._packed.tags}
 
 
-class WeightEncoder(WeightConverter):  # type: ignore[misc]
+class WeightEncoder(WeightConverter):
     """Every ``*.weight`` that no model-specific converter takes: encoded, or passed on as it is."""
 
     __slots__ = ("block",)
@@ -97,24 +95,22 @@ class WeightEncoder(WeightConverter):  # type: ignore[misc]
         self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **_: Any
     ) -> dict[str, Tensor]:
         reads = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
-        module, parameter = _parameter(model, layer_name)
         if WEIGHT_PATTERN not in reads:
             raise CiuicError(
                 f"{layer_name}_scale_inv is in the checkpoint without its weight; a shard is missing."
             )
         weight: Tensor = reads[WEIGHT_PATTERN][0]()
         scale: Tensor | None = reads[SCALE_PATTERN][0]() if SCALE_PATTERN in reads else None
-        if not _is_compressed(module, parameter):
-            return {
-                layer_name: _dense(layer_name, weight, scale, self.block, getattr(module, parameter).dtype)
-            }
-        shape = module.packed_shapes[parameter]  # type: ignore[union-attr,index]
+        shape = _packed_shape(model, layer_name)
+        if shape is None:
+            dtype = model.get_parameter(layer_name).dtype
+            return {layer_name: _dense(layer_name, weight, scale, self.block, dtype)}
         encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
         encoder.add(0, weight, _required(layer_name, weight, scale, self.block))
         return encoder.finish()
 
 
-class ExpertsEncoder(WeightConverter):  # type: ignore[misc]
+class ExpertsEncoder(WeightConverter):
     """Experts that the model merges: ``experts.*.gate_proj.weight`` ... -> ``experts.gate_up_proj``.
 
     Runs the model's own operations on one expert at a time, so it needs to know nothing of how they are merged.
@@ -127,31 +123,36 @@ class ExpertsEncoder(WeightConverter):  # type: ignore[misc]
         scales = [_scale_pattern(pattern) for pattern in self.weights]
         targets = list(original._original_target_patterns)
         super().__init__(scales + self.weights, targets, operations=list(original.operations))
-        self.scope_prefix, self.base_model_prefix = original.scope_prefix, original.base_model_prefix
+        _copy_scope(original, self)
         self.block = block
 
     def convert(
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, **_: Any
     ) -> dict[str, Tensor]:
         reads = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
-        module, parameter = _parameter(model, layer_name)
-        compressed = _is_compressed(module, parameter)
-        shape = module.packed_shapes[parameter] if compressed else tuple(getattr(module, parameter).shape)  # type: ignore[union-attr,index]
-        self._check_counts(layer_name, reads, shape[0])
         context = {"full_layer_name": layer_name, "model": model, "config": config}
-        if compressed:
-            encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
-            for index in range(shape[0]):
-                encoder.add(index, self._expert(layer_name, reads, index, context))
-            return encoder.finish()
-        dense = None
+        shape = _packed_shape(model, layer_name)
+        if shape is None:
+            return {layer_name: self._merged(layer_name, reads, model.get_parameter(layer_name), context)}
+        self._check_counts(layer_name, reads, shape[0])
+        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
         for index in range(shape[0]):
+            encoder.add(index, self._expert(layer_name, reads, index, context))
+        return encoder.finish()
+
+    def _merged(
+        self, layer_name: str, reads: dict[str, list[Read]], placeholder: Tensor, context: dict[str, Any]
+    ) -> Tensor:
+        """All experts of a parameter that is kept: ``[E, N, K]`` in the model's dtype."""
+        self._check_counts(layer_name, reads, len(placeholder))
+        dense = None
+        for index in range(len(placeholder)):
             expert = self._expert(layer_name, reads, index, context)
             if dense is None:
-                dense = torch.empty(shape, dtype=getattr(module, parameter).dtype, device=expert.device)
+                dense = torch.empty(placeholder.shape, dtype=placeholder.dtype, device=expert.device)
             dense[index] = expert
         assert dense is not None
-        return {layer_name: dense}
+        return dense
 
     def _check_counts(self, layer_name: str, reads: dict[str, list[Read]], experts: int) -> None:
         for pattern in self.weights:
@@ -185,7 +186,7 @@ class ExpertsEncoder(WeightConverter):  # type: ignore[misc]
         return merged[0] if merged.dim() == 3 else merged
 
 
-class FusedEncoder(WeightConverter):  # type: ignore[misc]
+class FusedEncoder(WeightConverter):
     """Experts that the checkpoint already keeps fused: one tensor ``[E, N, K]`` under the parameter's name."""
 
     __slots__ = ()
@@ -197,11 +198,10 @@ class FusedEncoder(WeightConverter):  # type: ignore[misc]
         self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **_: Any
     ) -> dict[str, Tensor]:
         (reads,) = (self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors))
-        module, parameter = _parameter(model, layer_name)
         fused = reads[0]()
-        if not _is_compressed(module, parameter):
-            return {layer_name: fused.to(getattr(module, parameter).dtype)}
-        shape = module.packed_shapes[parameter]  # type: ignore[union-attr,index]
+        shape = _packed_shape(model, layer_name)
+        if shape is None:
+            return {layer_name: fused.to(model.get_parameter(layer_name).dtype)}
         encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], None)
         if len(fused) != shape[0]:
             raise CiuicError(
@@ -212,7 +212,7 @@ class FusedEncoder(WeightConverter):  # type: ignore[misc]
         return encoder.finish()
 
 
-class ResultEncoder(WeightConverter):  # type: ignore[misc]
+class ResultEncoder(WeightConverter):
     """Any other converter of the model (fused or split projections): its results are encoded."""
 
     __slots__ = ()
@@ -224,7 +224,7 @@ class ResultEncoder(WeightConverter):  # type: ignore[misc]
             list(original._original_target_patterns),
             operations=list(original.operations),
         )
-        wrapped.scope_prefix, wrapped.base_model_prefix = original.scope_prefix, original.base_model_prefix
+        _copy_scope(original, wrapped)
         return wrapped
 
     def convert(
@@ -235,9 +235,8 @@ class ResultEncoder(WeightConverter):  # type: ignore[misc]
         for name in list(converted):
             value = converted.pop(name)
             tensor = value[0] if isinstance(value, list) else value
-            module, parameter = _parameter(model, name)
-            if _is_compressed(module, parameter):
-                shape = module.packed_shapes[parameter]  # type: ignore[union-attr,index]
+            shape = _packed_shape(model, name)
+            if shape is not None:
                 encoder = Encoder(name, shape, hf_quantizer.codec_ids[name], None)
                 for index, matrix in enumerate(tensor if tensor.dim() == 3 else tensor.unsqueeze(0)):
                     encoder.add(index, matrix)
@@ -268,6 +267,10 @@ def streaming_conversions(
             updated.append(ResultEncoder.wrap(conversion))
     fused = [FusedEncoder(parameter) for parameter in sorted(expert_parameters)]
     return [*updated, *fused, WeightEncoder(block)]
+
+
+def _copy_scope(source: Any, target: Any) -> None:
+    target.scope_prefix, target.base_model_prefix = source.scope_prefix, source.base_model_prefix
 
 
 def _anchored(pattern: str) -> str:

@@ -37,7 +37,7 @@ def block_size(quantization: dict[str, Any]) -> Block:
 def scale_values(scale: Tensor) -> Tensor:
     """Scales as float32; ``ue8m0`` bytes are powers of two, ``2^(b - 127)`` (OCP MX v1.0, section 5.4.1)."""
     if scale.dtype == torch.uint8:
-        return torch.ldexp(torch.ones((), device=scale.device), scale.to(torch.int32) - 127)
+        scale = scale.view(torch.float8_e8m0fnu)
     return scale.to(torch.float32)
 
 

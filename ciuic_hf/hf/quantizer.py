@@ -30,7 +30,7 @@ from ciuic_kernels.layout import arena_nbytes
 
 
 @register_quantizer(METHOD)
-class CiuicQuantizer(HfQuantizer):  # type: ignore[misc]
+class CiuicQuantizer(HfQuantizer):
     """Compresses a model while transformers loads it, or loads one that was saved compressed.
 
     Attributes:
@@ -41,7 +41,7 @@ class CiuicQuantizer(HfQuantizer):  # type: ignore[misc]
         config = copy.deepcopy(quantization_config)  # one CiuicConfig can serve many loads
         super().__init__(config, **kwargs)
         source = config.source_quantization
-        self.pre_quantized = self.pre_quantized and source is None
+        self.pre_quantized: bool = kwargs.get("pre_quantized", True) and source is None
         if not self.pre_quantized:
             config.parameters, config.kept = {}, {}
         self.fp8_block = fp8.block_size(source) if source is not None else None
@@ -67,8 +67,9 @@ class CiuicQuantizer(HfQuantizer):  # type: ignore[misc]
         entries = ((name, tuple(e["shape"]), e["arena_nbytes"]) for name, e in config.parameters.items())
         swap_in(model, entries, dtype or torch.get_default_dtype())
         _tie_tags(model)
+        model._adjust_bias = _leave_bias
         for _name, module in compressed_modules(model):
-            module._is_hf_initialized = True  # else offloaded arenas would be given random values
+            module.__dict__["_is_hf_initialized"] = True  # else offloaded arenas would be given random values
         if not self.pre_quantized:
             self._read_as_stored(model)
         self._peak.start()
@@ -127,6 +128,7 @@ class CiuicQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CiuicError("This model is offloaded; load it without offloading to dequantize it.")
         # config.dtype is the string "bfloat16" once the config has been saved
         restore_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model.__dict__.pop("_adjust_bias", None)
         model._weight_conversions = None  # from now on it saves under the names of its architecture
         model.__dict__.pop("ciuic_report", None)
         return model
@@ -161,11 +163,15 @@ def _tie_tags(model: Any) -> None:
             model.all_tied_weights_keys[name + TAGS] = source + TAGS
 
 
+def _leave_bias(*_: Any) -> None:
+    """Tying pads the bias of a head to the length of its weight, which for an arena is a number of bytes."""
+
+
 def _name_patterns(names: list[str], all_names: list[str]) -> list[str]:
     """Regular expressions that match exactly ``names`` among ``all_names``, one for all layers where possible."""
     chosen = set(names)
     outside = {_layerless(name) for name in all_names if name not in chosen}
-    patterns = {}
+    patterns: dict[str, None] = {}
     for name in names:
         general = _layerless(name)
         patterns[general if general not in outside else f"^{re.escape(name)}$"] = None
@@ -177,6 +183,12 @@ def _layerless(name: str) -> str:
     return "^" + r"\.".join(parts) + "$"
 
 
+def _is_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, list) and len(shape) in (2, 3) and all(isinstance(s, int) and s > 0 for s in shape)
+    )
+
+
 def _check_sizes(config: CiuicConfig, headers: list[TensorHeader]) -> None:
     """Compare what config.json says of a compressed checkpoint with what its files hold. Raises CiuicError."""
     if not config.is_compressed:
@@ -185,7 +197,8 @@ def _check_sizes(config: CiuicConfig, headers: list[TensorHeader]) -> None:
         )
     by_name = {header.name: header for header in headers}
     for name, entry in config.parameters.items():
-        shape, nbytes = entry.get("shape"), entry.get("arena_nbytes")
+        shape: Any = entry.get("shape")
+        nbytes = entry.get("arena_nbytes")
         whole = (
             isinstance(shape, list)
             and len(shape) in (2, 3)

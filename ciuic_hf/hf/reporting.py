@@ -5,24 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from ciuic_hf.hf.config import CiuicConfig
+from ciuic_hf.inspection import VECTORS, codec_counts
 from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_hf.modules.swap import compressed_modules
 from ciuic_hf.report import CompressedParameter, KeptParameter, Report
-from ciuic_kernels import BlockGrid, codec_by_id
-
-VECTORS = "vectors (norms, biases)"
-
-
-def codec_counts(tags: torch.Tensor) -> dict[str, int]:
-    """Codec name -> number of blocks; empty for tags that are offloaded."""
-    if tags.device.type == "meta":
-        return {}
-    ids, counts = tags[..., 0].unique(return_counts=True)
-    return {codec_by_id(i).name: n for i, n in zip(ids.tolist(), counts.tolist(), strict=True)}
-
+from ciuic_kernels import BlockGrid
 
 def build_report(model: Any, config: CiuicConfig) -> Report:
     """What every parameter of a loaded model became. Tied parameters are counted once."""

@@ -7,6 +7,7 @@ transformers keeps all experts of a layer in two parameters, ``gate_up_proj [E, 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,14 @@ class CiuicExperts(PackedModule):
             ``[T, H]`` in the dtype of ``hidden_states``.
         """
         gate_up = self._products(hidden_states, top_k_index, "gate_up_proj")
-        down = self._products(self._apply_gate(gate_up), top_k_index, "down_proj")
+        down = self._products(self.gate(gate_up), top_k_index, "down_proj")
         weighted = down.unflatten(0, top_k_index.shape) * top_k_weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden_states.dtype)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """``[S, 2 I] -> [S, I]``: the activation and gating of the class this was made from."""
+        base: Any = super()
+        return base._apply_gate(gate_up)
 
     def _products(self, x: Tensor, expert_ids: Tensor, name: str) -> Tensor:
         arena, tags = getattr(self, name), getattr(self, f"{name}_tags")
@@ -91,7 +97,7 @@ def adopt_experts(module: nn.Module, dtype: torch.dtype | None = None) -> CiuicE
     dtype = dtype or module._parameters["down_proj"].dtype  # type: ignore[union-attr]
     for name in EXPERT_PARAMETERS:
         del module._parameters[name]
-    module.__class__ = _compressed_class(type(module))
+    module.__class__ = _compressed_class(type(module))  # type: ignore[arg-type]
     assert isinstance(module, CiuicExperts)
     module._declare_packed(shapes, dtype)
     return module

@@ -61,7 +61,8 @@ def _adopt(
         module = model.get_submodule(module_name)
     except AttributeError:
         raise CiuicError(
-            f"The checkpoint compresses {full_name}, which this model does not have; config.json belongs to another model."
+            f"The checkpoint compresses {full_name}, which this model does not have; "
+            "config.json belongs to another model."
         ) from None
     if isinstance(module, PackedModule):
         return module

@@ -73,8 +73,9 @@ def find_targets(
         CiuicError: for an unsupported experts layout, a pattern that matches nothing, or tied weights that are
             set to different things.
     """
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings, head = (
+        getattr(model, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")
+    )
     keep_patterns = list(keep_patterns)
     targets: list[Target] = []
     kept: list[Kept] = []
@@ -91,12 +92,13 @@ def find_targets(
                 targets.append(Target(name, parameter, role if weight.dim() == 2 else "experts", *outcome))
         kept += _other_matrices(name, module, {parameter for parameter, _ in candidates})
     intent.check_used([t.name for t in targets] + [k.name for k in kept])
+    _settle_experts(targets, kept)
     return _settle_ties(model, targets, kept, intent)
 
 
 def _candidates(
     name: str, module: nn.Module, embeddings: nn.Module | None, intent: CompressionIntent
-) -> list[tuple[str, nn.Parameter]]:
+) -> list[tuple[str, Tensor]]:
     """Parameters of one module that could be compressed."""
     if isinstance(module, nn.Linear) or (module is embeddings and isinstance(module, nn.Embedding)):
         return [("weight", module.weight)]
@@ -124,7 +126,7 @@ def _reason_to_keep(name: str, module: nn.Module, keep_patterns: list[str]) -> s
 
 
 def _plan(
-    name: str, role: str, weight: nn.Parameter, intent: CompressionIntent
+    name: str, role: str, weight: Tensor, intent: CompressionIntent
 ) -> tuple[tuple[int, ...], Tensor] | str:
     """Shape and codecs of one parameter, or the reason to keep it."""
     setting: Setting = intent.setting(name, role)
@@ -143,6 +145,16 @@ def _other_matrices(name: str, module: nn.Module, seen: set[str]) -> list[Kept]:
         for parameter, weight in module._parameters.items()
         if weight is not None and weight.dim() >= 2 and parameter not in seen
     ]
+
+
+def _settle_experts(targets: list[Target], kept: list[Kept]) -> None:
+    """The parameters of fused experts are compressed together or not at all: one product computes with both."""
+    reasons = {k.name: k.reason for k in kept}
+    for target in [t for t in targets if t.parameter in EXPERT_PARAMETERS]:
+        for other in (f"{target.module_name}.{parameter}" for parameter in EXPERT_PARAMETERS):
+            if other in reasons:
+                targets.remove(target)
+                kept.append(Kept(target.name, f"goes with {other}, which is kept: {reasons[other]}"))
 
 
 def _settle_ties(

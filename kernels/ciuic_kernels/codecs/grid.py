@@ -129,7 +129,7 @@ class GridCodec:
         return sum(self.plane_nbytes(rows, cols)) + rows * ceil_div(cols, self.group)
 
     def encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        batch, rows, cols = blocks.shape
+        batch, _, cols = blocks.shape
         groups = ceil_div(cols, self.group)
         padded = torch.nn.functional.pad(blocks, (0, groups * self.group - cols))
         weights = padded.unflatten(-1, (groups, self.group))
@@ -146,7 +146,7 @@ class GridCodec:
         """Smallest unclipped scale index and sign of each group, exponent byte of each block."""
         high, low = weights.amax(-1), weights.amin(-1)
         absmax = torch.maximum(high, -low)
-        # abs() turns -0.0 into 0.0. float32 bits >> 19 are exponent and 4 mantissa bits; adding the ones below rounds up.
+        # abs() turns -0.0 into 0.0. float32 bits >> 19 are exponent and 4 mantissa bits; adding 2^19 - 1 rounds up.
         index = (absmax.abs().view(torch.int32) + ((1 << 19) - 1)) >> 19
         top = index.amax(dim=(-2, -1))
         exponents = ((top >> 4) - 7).clamp(MIN_EXPONENT, MAX_EXPONENT)

@@ -67,7 +67,8 @@ def expert_linear(
     fan = _fan(x, expert_ids)
     count = expert_ids.numel()
     out = x.new_zeros(count, rows)
-    small, large = [], []
+    small: list[tuple[int, Tensor]] = []
+    large: list[tuple[int, Tensor]] = []
     for expert, members in _routed(expert_ids, experts):
         few = use_native(x.device) and members.numel() <= NATIVE_ROWS
         (small if few else large).append((expert, members))
@@ -126,7 +127,7 @@ def _expert_linear_backward_fake(
 expert_linear_backward_op = define(expert_linear_backward, _expert_linear_backward_fake)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     x, expert_ids, arena, tags, offsets, _rows = inputs
     ctx.save_for_backward(expert_ids, arena, tags, offsets)
     ctx.x_shape = x.shape  # type: ignore[attr-defined]

@@ -79,7 +79,7 @@ def _linear_backward_fake(grad: Tensor, arena: Tensor, tags: Tensor, offsets: Te
 linear_backward_op = define(linear_backward, _linear_backward_fake)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     x, arena, tags, offsets, bias, _rows = inputs
     ctx.save_for_backward(arena, tags, offsets)
     ctx.cols = x.shape[-1]  # type: ignore[attr-defined]

@@ -1,0 +1,104 @@
+"""bitsandbytes NF4, the common 4-bit format, as a peer to compare with; and the same numbers without it.
+
+NF4 (Dettmers et al., "QLoRA", arXiv 2305.14314, appendix E) gives each group of 64 consecutive weights of
+the flattened matrix its largest magnitude as a float32 scale, and each weight the nearest of 16 fixed levels
+in [-1, 1]: 4 + 32 / 64 = 4.5 bits per weight. Double quantization (scales in 8 bits) is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GROUP = 64
+BITS_PER_WEIGHT = 4 + 32 / GROUP
+
+# QLoRA, appendix E: quantiles of N(0, 1) scaled to [-1, 1], 8 below zero, 7 above, and an exact zero.
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def load_nf4(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """Loads the causal language model at `path` with its Linear weights in bitsandbytes NF4.
+
+    Every Linear but the output head is quantized, in groups of 64 with float32 scales; activations and all
+    other tensors are in `dtype`. On CPUs with AVX-512 bf16, bitsandbytes 0.50 repacks the weights at the
+    first forward and does not undo it fully on a save: save such a model before running it, or not at all.
+
+    Raises:
+        ImportError: bitsandbytes or accelerate is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError("NF4 needs bitsandbytes; run: pip install bitsandbytes accelerate") from error
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype)
+
+
+@torch.no_grad()
+def nf4_roundtrip_(model: nn.Module, keep: Collection[str] = ("lm_head",)) -> int:
+    """Replaces each Linear weight of `model` by its NF4 value, in place; returns how many were replaced.
+
+    Lets NF4 be compared in any compute dtype, float32 included, on a machine without bitsandbytes. Weights
+    keep their dtype, shape and device. A Linear whose last name is in `keep` is left alone, as is the
+    embedding.
+    """
+    replaced = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in keep:
+            module.weight.copy_(nf4_roundtrip(module.weight))
+            replaced += 1
+    return replaced
+
+
+def nf4_roundtrip(weight: Tensor) -> Tensor:
+    """`weight`, any floating dtype and shape, quantized to NF4 and back; same dtype, shape and device.
+
+    Equals `dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4"))` of bitsandbytes on a CPU
+    bit for bit, down to its order of operations: a product with 1 / absmax, not a quotient, except in a
+    shorter last group.
+    """
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    flat = weight.detach().reshape(-1).float()
+    whole = flat.numel() // GROUP * GROUP
+    groups = flat[:whole].reshape(-1, GROUP)
+    absmax = groups.abs().amax(dim=1, keepdim=True)
+    scaled = (groups * (1.0 / absmax.clamp(min=1e-38))).clamp(-1, 1)
+    parts = [(levels[torch.bucketize(scaled, midpoints)] * absmax).reshape(-1)]
+    if whole < flat.numel():
+        rest = flat[whole:]
+        largest = rest.abs().amax().clamp(min=1e-38)
+        parts.append(levels[torch.bucketize((rest / largest).clamp(-1, 1), midpoints)] * largest)
+    return torch.cat(parts).reshape(weight.shape).to(weight.dtype)

@@ -1,0 +1,42 @@
+"""The ``ciuic`` command: thin argparse over the library."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from ciuic_hf.cli import bench, demo, inspect
+from ciuic_hf.errors import CiuicError
+
+COMMANDS = (demo, inspect, bench)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands; each module adds its own."""
+    top = argparse.ArgumentParser(
+        prog="ciuic", description="Transformers models loaded straight into compressed blocks."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    for module in COMMANDS:
+        module.add_command(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a CiuicError is printed as one sentence, without a traceback."""
+    arguments = parser().parse_args(argv)
+    warnings.simplefilter("default")
+    try:
+        arguments.run(arguments)
+    except (CiuicError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"ciuic: {error}", style="red", highlight=False, markup=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""The two implementations as fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ciuic_kernels.cpu import native
+from tests.kernels.samples import IMPLEMENTATIONS, implementation
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """Leaves out a test that compares with the compiled kernels on a machine that cannot build them."""
+    if not native.available():
+        pytest.skip(native.unavailable_reason())
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation, in force during the test."""
+    if request.param == "compiled":
+        request.getfixturevalue("compiled")
+    with implementation(request.param):
+        yield request.param
