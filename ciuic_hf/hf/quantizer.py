@@ -133,9 +133,6 @@ class CiuicQuantizer(HfQuantizer):
         model.__dict__.pop("ciuic_report", None)
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        return None, {"ciuic_format": str(self.quantization_config.format_version)}
-
     def is_serializable(self, **_: Any) -> bool:
         return True
 

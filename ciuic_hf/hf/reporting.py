@@ -12,6 +12,7 @@ from ciuic_hf.modules.swap import compressed_modules
 from ciuic_hf.report import CompressedParameter, KeptParameter, Report
 from ciuic_kernels import BlockGrid
 
+
 def build_report(model: Any, config: CiuicConfig) -> Report:
     """What every parameter of a loaded model became. Tied parameters are counted once."""
     tied = set(model.all_tied_weights_keys)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ciuic_kernels.codec import codec_by_id
+from ciuic_kernels.codecs.raw16 import RAW_FP16
 from ciuic_kernels.cpu import native
 from ciuic_kernels.dispatch import use_native
 from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, BlockGrid, PackedTensor, empty_packed
@@ -50,12 +51,17 @@ def encode_matrix(
 
     Raises:
         NotFiniteError: when a weight is NaN or infinite.
+        ValueError: for rows that do not fit the grid, or a raw_fp16 block of weights that are not float16.
+        TypeError: for a source that is not one of the three dtypes.
     """
     grid, strips = packed.grid, packed.grid.strips
     if source.dtype not in FLOAT_DTYPES:
         raise TypeError(f"Weights to encode must be float32, bfloat16 or float16, got {source.dtype}.")
+    _check_rows(grid, source, first_row)
     first, count = first_row // BLOCK_ROWS, -(-source.shape[0] // BLOCK_ROWS)
     tags = packed.tags.view(grid.matrices, strips, grid.kblocks, 2)[index, first : first + count]
+    if source.dtype != RAW_FP16.dtype and bool((tags[..., 0] == RAW_FP16.id).any()):
+        raise ValueError(f"{RAW_FP16.name} blocks keep float16 weights only, got {source.dtype}.")
     here = offsets[index * strips + first : index * strips + first + count + 1]
     if use_native(source.device):
         source = source if source.stride(-1) == 1 else source.contiguous()
@@ -68,6 +74,22 @@ def encode_matrix(
     for start in range(0, source.shape[0], rows):
         strip = start // BLOCK_ROWS
         _encode_rows(source[start : start + rows].float(), tags[strip:], int(here[strip]), packed.arena)
+
+
+def _check_rows(grid: BlockGrid, source: Tensor, first_row: int) -> None:
+    """Raises ValueError unless ``source`` is whole strips of a matrix, or its last rows."""
+    last_row = first_row + source.shape[0]
+    whole = first_row % BLOCK_ROWS == 0 and (last_row % BLOCK_ROWS == 0 or last_row == grid.rows)
+    if (
+        source.dim() != 2
+        or source.shape[1] != grid.cols
+        or not whole
+        or not 0 <= first_row <= last_row <= grid.rows
+    ):
+        raise ValueError(
+            f"Rows {first_row} to {last_row} of shape {list(source.shape)} are not whole strips of a matrix "
+            f"[{grid.rows}, {grid.cols}]."
+        )
 
 
 def _encode_rows(source: Tensor, tags: Tensor, offset: int, arena: Tensor) -> None:

@@ -32,16 +32,16 @@ from ciuic_kernels.codec import register_codec
 from ciuic_kernels.format import ceil_div
 
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-CURVE: dict[int, float] = {2: 0.0, 3: 0.25, 4: 0.40625, 5: 0.5, 6: 0.40625, 8: 0.40625}
-"""c for each width: KL-optimal on a trained LM (docs/adr/002); multiples of 1/32, so 1 - c is exact."""
+CURVE: dict[int, float] = {2: 0.1875, 3: 0.25, 4: 0.40625, 5: 0.5, 6: 0.5, 8: 0.40625}
+"""c for each width: least KL on a trained LM (docs/adr/002); multiples of 1/32, so that 1 - c is exact."""
 
 SCALE_OFFSETS: dict[int, tuple[int, ...]] = {
-    2: (0, -1, -2, -3, 1),
-    3: (0, -1, -2, 1, 2),
-    4: (0, -1, -2, 1, 2),
+    2: (0, -1, 1),
+    3: (0, -1, 1, -2, 2),
+    4: (0, -1, 1, -2, 2),
     5: (0, -1, 1),
     6: (0, -1, 1),
-    8: (0,),
+    8: (0, 1),
 }
 """Scale bytes that the encoder tries, as steps from the smallest scale that clips nothing."""
 

@@ -27,7 +27,9 @@ class Raw16Codec:
         return 2 * rows * cols
 
     def encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        records = blocks.to(self.dtype).contiguous().view(torch.uint8).flatten(1)
+        # clone, as contiguous() leaves the strides of a single element alone, and view() wants them to be 1.
+        dense = blocks.to(self.dtype).clone(memory_format=torch.contiguous_format)
+        records = dense.view(torch.uint8).flatten(1)
         return records, torch.zeros(blocks.shape[0], dtype=torch.uint8, device=blocks.device)
 
     def decode(self, records: Tensor, exponents: Tensor, rows: int, cols: int) -> Tensor:

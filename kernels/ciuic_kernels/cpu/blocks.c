@@ -4,7 +4,8 @@
  * there (struct grid), so nothing is listed twice. Values are computed with the same float32 roundings as the
  * torch reference (compile with -ffp-contract=off), so encode and dequantize agree with it bit for bit.
  *
- * Plain C11 with GCC/clang vector extensions; AVX-512 only replaces the table lookup and the multiply-add. */
+ * Plain C11 with GCC/clang vector extensions. Intrinsics stand only where those have no word for an instruction
+ * (lookup, multiply-add, clamp, narrowing), each with a portable version beside it that rounds the same. */
 
 #include <math.h>
 #include <stdint.h>
@@ -17,22 +18,24 @@
 #include <immintrin.h>
 #endif
 
-enum { ROWS = 64, COLS = 128, LANES = 16, GUESSES = 1025, MAX_TOKENS = 8, ALIGN = 16 };
+enum { ROWS = 64, COLS = 128, LANES = 16, MAX_TOKENS = 16, ALIGN = 16 };
 enum { F32 = 0, BF16 = 1, F16 = 2 };
 enum { ZERO = 0, RAW_BF16 = 1, RAW_FP16 = 2 };
 
 typedef float f32v __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float f32v8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float f32v4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t i32v __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint8_t u8v __attribute__((vector_size(16), aligned(1), may_alias));
 
 /* One width of the grid family; filled by native.py from codecs/grid.py. */
 struct grid {
-    float levels[256];      /* value of each code at scale 1 */
-    float thresholds[256];  /* midpoints; +inf past the last */
-    int32_t guess[GUESSES]; /* codes below the start of each 1/512 of [-1, 1] */
-    int32_t offsets[8];     /* scale candidates */
-    int32_t offset_count;
+    float levels[256];  /* value of each code at scale 1, repeated to the end, so that bits above a code do no harm */
+    float inverse[8];   /* odd polynomial y -> code + 1/2, see guess16(); k - 1 terms */
+    float first, last;  /* the outermost thresholds */
     float curve;
+    int32_t offsets[8]; /* scale candidates */
+    int32_t offset_count;
 };
 
 struct matrix {
@@ -79,11 +82,40 @@ static int64_t record_nbytes(int id, int64_t rows, int64_t cols) {
 
 /* ---- vectors ------------------------------------------------------------------------------------------------ */
 
-static inline f32v load(const float *p) { return *(const f32v *)p; }
-static inline f32v splat(float f) { return (f32v){} + f; }
+#define INLINE static inline __attribute__((always_inline)) /* constant arguments must reach the loops inside */
+
+INLINE f32v load(const float *p) { return *(const f32v *)p; }
+INLINE f32v splat(float f) { return (f32v){} + f; }
+
+/* Bits of a where mask is set, of b elsewhere. */
+INLINE i32v blend_bits(i32v mask, i32v a, i32v b) {
+#ifdef __AVX512F__
+    return (i32v)_mm512_ternarylogic_epi32((__m512i)mask, (__m512i)a, (__m512i)b, 0xCA);
+#else
+    return (a & mask) | (b & ~mask);
+#endif
+}
+
+INLINE f32v blend(i32v mask, f32v a, f32v b) { return (f32v)blend_bits(mask, (i32v)a, (i32v)b); }
+
+INLINE f32v larger(f32v a, f32v b) {
+#ifdef __AVX512F__
+    return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return blend(a > b, a, b);
+#endif
+}
+
+INLINE f32v smaller(f32v a, f32v b) {
+#ifdef __AVX512F__
+    return (f32v)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return blend(a < b, a, b);
+#endif
+}
 
 /* 16 bytes as 16 integers. Compilers turn the generic conversion into scalar code, hence the intrinsics. */
-static inline i32v widen(const uint8_t *p) {
+INLINE i32v widen(const uint8_t *p) {
 #if defined(__AVX512F__)
     return (i32v)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
 #elif defined(__AVX2__)
@@ -97,116 +129,173 @@ static inline i32v widen(const uint8_t *p) {
 }
 
 /* 8 bytes, twice. */
-static inline i32v widen_twice(const uint8_t *p) {
+INLINE i32v widen_twice(const uint8_t *p) {
     uint8_t both[16];
     memcpy(both, p, 8);
     memcpy(both + 8, p, 8);
     return widen(both);
 }
 
+/* The low bytes of 16 integers. */
+INLINE void store_bytes(uint8_t *out, i32v v) {
+#ifdef __AVX512F__
+    _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int i = 0; i < LANES; i++) out[i] = (uint8_t)v[i];
+#endif
+}
+
 /* out[at .. at + 16) in float32 or bfloat16 (nearest even; the values are finite). */
-static inline void store(void *out, int dtype, int64_t at, f32v v) {
+INLINE void store(void *out, int dtype, int64_t at, f32v v) {
     if (dtype == F32) { *(f32v *)((float *)out + at) = v; return; }
 #ifdef __AVX512F__
-    __m512i b = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-    b = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, odd), _mm512_set1_epi32(0x7fff)), 16);
-    _mm256_storeu_si256((__m256i *)((uint16_t *)out + at), _mm512_cvtepi32_epi16(b));
+    i32v b = (i32v)v;
+    b = (b + (((b >> 16) & 1) + 0x7fff)) >> 16;
+    _mm256_storeu_si256((__m256i *)((uint16_t *)out + at), _mm512_cvtepi32_epi16((__m512i)b));
 #else
     for (int i = 0; i < LANES; i++) ((uint16_t *)out)[at + i] = to_bf16(v[i]);
 #endif
 }
 
-static inline f32v multiply_add(f32v a, f32v b, f32v c) {
-#ifdef __AVX512F__
+/* a * b + c, rounded once where the processor can: for sums and guesses, never for values of the format. */
+INLINE f32v multiply_add(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
     return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    union { f32v v; __m256 half[2]; } x = {a}, y = {b}, z = {c};
+    for (int i = 0; i < 2; i++) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
+    return z.v;
 #else
     return a * b + c;
 #endif
 }
 
-static inline float sum(f32v v) {
+/* The last steps of tree_sum() in codecs/grid.py: lane i takes lane i + 8, then i + 4, i + 2, i + 1. */
+INLINE float sum(f32v v) {
+    union { f32v whole; f32v8 half[2]; } a = {v};
+    union { f32v8 whole; f32v4 half[2]; } b = {a.half[0] + a.half[1]};
+    f32v4 c = b.half[0] + b.half[1];
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+INLINE float maximum(f32v v) {
 #ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
+    return _mm512_reduce_max_ps((__m512)v);
 #else
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
+    float m = v[0];
+    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    return m;
 #endif
 }
 
-/* Levels of 16 codes; k is a compile-time constant wherever this is inlined. */
-static inline __attribute__((always_inline)) f32v levels16(i32v q, int k, const struct grid *g) {
-#ifdef __AVX512F__
-    if (k <= 4) return (f32v)_mm512_permutexvar_ps((__m512i)q, _mm512_loadu_ps(g->levels));
-    if (k == 5)
-        return (f32v)_mm512_permutex2var_ps(_mm512_loadu_ps(g->levels), (__m512i)q, _mm512_loadu_ps(g->levels + 16));
-#endif
+INLINE f32v formula16(i32v q, int k, const struct grid *g) {
     float half = (float)(1 << (k - 1));
     f32v t = (__builtin_convertvector(q, f32v) - half) * (1.0f / half);
     return t * ((1.0f - g->curve) + g->curve * (t * t));
 }
 
-/* A plane of p bits keeps cols * p / 8 bytes a row and column j * bytes + w in bits [j p, (j + 1) p) of byte w.
- * These return the fields of columns 16 j .. 16 j + 15 of a block of 64 or 128 columns. */
-static inline __attribute__((always_inline)) i32v fields16(const uint8_t *row, int bits, int cols, int j) {
-    const int bytes = cols * bits / 8, mask = (1 << bits) - 1;
-    if (bits == 8) return widen(row + 16 * j);
-    if (bytes >= 16) {
-        i32v v = widen(row + 16 * j % bytes);
-        int shift = 16 * j / bytes * bits;
-        if (shift + bits == 8) return v >> shift;
-        return (v >> shift) & mask;
-    }
-    const i32v shifts = {0, 0, 0, 0, 0, 0, 0, 0, bits, bits, bits, bits, bits, bits, bits, bits}; /* bytes == 8 */
-    return (widen_twice(row) >> (shifts + 2 * j * bits)) & mask;
+/* Levels of 16 codes. Bits above the codes are ignored, so that codes16() need not clear them. */
+INLINE f32v levels16(i32v q, int k, const struct grid *g) {
+#ifdef __AVX512F__
+#define TABLE(i) _mm512_loadu_ps(g->levels + 16 * (i))
+    if (k <= 4) return (f32v)_mm512_permutexvar_ps((__m512i)q, TABLE(0));
+    if (k == 5) return (f32v)_mm512_permutex2var_ps(TABLE(0), (__m512i)q, TABLE(1));
+    if (k == 6)
+        return (f32v)_mm512_mask_blend_ps(_mm512_test_epi32_mask((__m512i)q, _mm512_set1_epi32(32)),
+                                          _mm512_permutex2var_ps(TABLE(0), (__m512i)q, TABLE(1)),
+                                          _mm512_permutex2var_ps(TABLE(2), (__m512i)q, TABLE(3)));
+#undef TABLE
+#endif
+    return formula16(q & ((1 << k) - 1), k, g);
 }
 
-static inline __attribute__((always_inline)) i32v codes16(const uint8_t *low, const uint8_t *high, int k, int cols,
-                                                          int j) {
+/* The same for products, which may round differently: one operation less for each constant. */
+INLINE f32v levels16_rounded(i32v q, int k, const struct grid *g) {
+    if (k < 8) return levels16(q, k, g);
+    f32v u = __builtin_convertvector(q, f32v) - 128.0f;
+    return u * multiply_add(u * u, splat(g->curve * 0x1p-21f), splat((1.0f - g->curve) * 0x1p-7f));
+}
+
+/* A plane of p bits keeps cols * p / 8 bytes a row and column j * bytes + w in bits [j p, (j + 1) p) of byte w.
+ * This returns the fields of columns 16 j .. 16 j + 15 of a block of 64 or 128 columns, starting at bit ``to``,
+ * with whatever the byte holds around them. */
+INLINE i32v fields16(const uint8_t *row, int bits, int cols, int j, int to) {
+    const int bytes = cols * bits / 8, from = 16 * j / bytes * bits;
+    if (bytes < 16) {
+        const i32v shifts = {0, 0, 0, 0, 0, 0, 0, 0, bits, bits, bits, bits, bits, bits, bits, bits};
+        return (widen_twice(row) << to) >> (shifts + 2 * j * bits);
+    }
+    i32v v = widen(row + 16 * j % bytes);
+    return from > to ? v >> (from - to) : v << (to - from);
+}
+
+/* Codes of 16 columns; bits above the k-th are not cleared. */
+INLINE i32v codes16(const uint8_t *low, const uint8_t *high, int k, int cols, int j) {
     const int b = low_plane(k);
-    i32v q = fields16(low, b, cols, j);
-    if (k > b) q |= fields16(high, k - b, cols, j) << b;
-    return q;
+    i32v q = fields16(low, b, cols, j, 0);
+    if (k == b) return q;
+    return blend_bits((i32v){} + ((1 << b) - 1), q, fields16(high, k - b, cols, j, b));
 }
 
 /* ---- decode ------------------------------------------------------------------------------------------------- */
+
+/* Where the parts of one row of a grid record lie. */
+struct row {
+    const uint8_t *low, *high, *scales;
+};
+
+INLINE struct row row_of(const uint8_t *record, int k, int64_t rows, int64_t cols, int group, int64_t r) {
+    const int b = low_plane(k);
+    int64_t low_bytes = plane_bytes(cols, b), high_bytes = plane_bytes(cols, k - b);
+    const uint8_t *high = record + rows * low_bytes, *scales = high + rows * high_bytes;
+    return (struct row){record + r * low_bytes, high + r * high_bytes, scales + r * ceil_div(cols, group)};
+}
+
+/* Rows first .. first + count of a block to out, in float32 or bfloat16; the next two functions too. */
+INLINE void decode_even(const uint8_t *record, uint8_t exponent, int64_t rows, int k, int cols, int group,
+                        int64_t first, int64_t count, const struct grid *g, int dtype, void *out, int64_t at,
+                        int64_t stride) {
+    for (int64_t r = first; r < first + count; r++, at += stride) {
+        struct row row = row_of(record, k, rows, cols, group, r);
+#pragma GCC unroll 4
+        for (int n = 0; n < cols / group; n++) {
+            f32v scale = splat(scale_value(row.scales[n], exponent));
+#pragma GCC unroll 4
+            for (int j = n * group / LANES; j < (n + 1) * group / LANES; j++)
+                store(out, dtype, at + LANES * j, scale * levels16(codes16(row.low, row.high, k, cols, j), k, g));
+        }
+    }
+}
 
 static inline int field(const uint8_t *row, int64_t nbytes, int bits, int64_t col) {
     return (row[col % nbytes] >> (bits * (col / nbytes))) & ((1 << bits) - 1);
 }
 
-static inline __attribute__((always_inline)) void decode_row_even(
-    const uint8_t *low, const uint8_t *high, const uint8_t *scales, uint8_t exponent, int k, int cols, int group,
-    const struct grid *g, int dtype, void *out, int64_t at) {
-#pragma GCC unroll 8
-    for (int j = 0; j < cols / LANES; j++) {
-        f32v level = levels16(codes16(low, high, k, cols, j), k, g);
-        store(out, dtype, at + LANES * j, splat(scale_value(scales[LANES * j / group], exponent)) * level);
-    }
-}
-
-static void decode_row_ragged(
-    const uint8_t *low, const uint8_t *high, const uint8_t *scales, uint8_t exponent, int k, int group,
-    int64_t cols, const struct grid *g, float *out) {
+static void decode_row_ragged(struct row row, uint8_t exponent, int k, int group, int64_t cols,
+                              const struct grid *g, float *out) {
     int b = low_plane(k);
     for (int64_t c = 0; c < cols; c++) {
-        int q = field(low, plane_bytes(cols, b), b, c);
-        if (k > b) q |= field(high, plane_bytes(cols, k - b), k - b, c) << b;
-        out[c] = scale_value(scales[c / group], exponent) * g->levels[q];
+        int q = field(row.low, plane_bytes(cols, b), b, c);
+        if (k > b) q |= field(row.high, plane_bytes(cols, k - b), k - b, c) << b;
+        out[c] = scale_value(row.scales[c / group], exponent) * g->levels[q];
     }
 }
 
-static void decode_row_raw(int id, const uint16_t *src, int64_t cols, float *out) {
-    for (int64_t c = 0; c < cols; c++) {
-        if (id == RAW_BF16) {
-            out[c] = as_float((uint32_t)src[c] << 16);
-        } else { /* IEEE half by integer arithmetic: exact, and needs no hardware support */
-            uint32_t h = src[c], sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-            if (rest >= 0x7c00u) out[c] = as_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
-            else if (rest >= 0x400u) out[c] = as_float(sign | ((rest + 0x1c000u) << 13));
-            else out[c] = as_float(sign | as_bits((float)rest * 0x1p-24f));
-        }
-    }
+/* Integer arithmetic: exact, needs no hardware support, and does not depend on the treatment of subnormals. */
+static inline float half_value(uint16_t half) {
+    uint32_t rest = half & 0x7fffu, bits = (rest << 13) + (rest >= 0x7c00u ? 0x70000000u : 0x38000000u);
+    uint32_t subnormal = as_bits((float)(int32_t)rest * 0x1p-24f);
+    return as_float((rest < 0x400u ? subnormal : bits) | (uint32_t)(half & 0x8000u) << 16);
+}
+
+static void widen_row(const uint16_t *src, int dtype, int64_t cols, float *out) {
+    if (dtype == BF16) for (int64_t c = 0; c < cols; c++) out[c] = as_float((uint32_t)src[c] << 16);
+    else for (int64_t c = 0; c < cols; c++) out[c] = half_value(src[c]);
+}
+
+static void load_line(const void *src, int dtype, int64_t at, int64_t cols, float *out) {
+    if (dtype == F32) memcpy(out, (const float *)src + at, (size_t)cols * sizeof(float));
+    else widen_row((const uint16_t *)src + at, dtype, cols, out);
 }
 
 static void store_line(const float *line, int64_t cols, int dtype, void *out, int64_t at) {
@@ -214,32 +303,44 @@ static void store_line(const float *line, int64_t cols, int dtype, void *out, in
     else for (int64_t c = 0; c < cols; c++) ((uint16_t *)out)[at + c] = to_bf16(line[c]);
 }
 
-/* One row of one block to out[at .. at + cols) in float32 or bfloat16. */
-static void decode_row(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols, int64_t row,
-                       const struct grid *grids, int dtype, void *out, int64_t at) {
+static inline int is_even(int id, int64_t cols) { return id > RAW_FP16 && (cols == COLS || cols == COLS / 2); }
+
+static void decode_any(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols, int64_t first,
+                       int64_t count, const struct grid *grids, int dtype, void *out, int64_t at, int64_t stride) {
+    int k = codec_width(id), group = codec_group(id);
     float line[COLS] = {0};
-    if (id == ZERO || id == RAW_BF16 || id == RAW_FP16) {
-        if (id != ZERO) decode_row_raw(id, (const uint16_t *)record + row * cols, cols, line);
+    for (int64_t r = first; r < first + count; r++, at += stride) {
+        if (id == RAW_BF16 || id == RAW_FP16)
+            widen_row((const uint16_t *)record + r * cols, id == RAW_BF16 ? BF16 : F16, cols, line);
+        else if (id != ZERO)
+            decode_row_ragged(row_of(record, k, rows, cols, group, r), exponent, k, group, cols, grids + k, line);
         store_line(line, cols, dtype, out, at);
-        return;
     }
-    int k = codec_width(id), group = codec_group(id), b = low_plane(k);
-    int64_t low_bytes = plane_bytes(cols, b), high_bytes = plane_bytes(cols, k - b);
-    const uint8_t *low = record + row * low_bytes, *high = record + rows * low_bytes + row * high_bytes;
-    const uint8_t *scales = record + rows * (low_bytes + high_bytes) + row * ceil_div(cols, group);
+}
+
+/* Every width, as a constant K, for blocks of 128 or 64 columns and groups of 32 or 64 as constants C and G. */
+#define FOR_WIDTHS(CASE) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
+#define FOR_SHAPES(CALL, K)                                                                                  \
+    if (cols == COLS && group == 32) { CALL(K, COLS, 32); }                                                    \
+    else if (cols == COLS) { CALL(K, COLS, 64); }                                                              \
+    else if (group == 32) { CALL(K, (COLS / 2), 32); }                                                         \
+    else { CALL(K, (COLS / 2), 64); }
+
+static void decode_block(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols, int64_t first,
+                         int64_t count, const struct grid *grids, int dtype, void *out, int64_t at, int64_t stride) {
+    int k = codec_width(id), group = codec_group(id);
     const struct grid *g = grids + k;
-    if (cols != COLS && cols != COLS / 2) {
-        decode_row_ragged(low, high, scales, exponent, k, group, cols, g, line);
-        store_line(line, cols, dtype, out, at);
+    if (!is_even(id, cols)) {
+        decode_any(record, id, exponent, rows, cols, first, count, grids, dtype, out, at, stride);
         return;
     }
-#define CASE(K)                                                                                           \
-    case K:                                                                                               \
-        if (cols == COLS) decode_row_even(low, high, scales, exponent, K, COLS, group, g, dtype, out, at); \
-        else decode_row_even(low, high, scales, exponent, K, COLS / 2, group, g, dtype, out, at);          \
-        return
-    switch (k) { CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(8); }
+#define DECODE(K, C, G)                                                                                      \
+    if (dtype == F32) decode_even(record, exponent, rows, K, C, G, first, count, g, F32, out, at, stride);   \
+    else decode_even(record, exponent, rows, K, C, G, first, count, g, BF16, out, at, stride)
+#define CASE(K) case K: FOR_SHAPES(DECODE, K) break;
+    switch (k) { FOR_WIDTHS(CASE) }
 #undef CASE
+#undef DECODE
 }
 
 static void dequantize_strip(const struct matrix *m, int64_t strip, int64_t first, int64_t count,
@@ -249,8 +350,7 @@ static void dequantize_strip(const struct matrix *m, int64_t strip, int64_t firs
     for (int64_t kb = 0; kb < kblocks; kb++) {
         const uint8_t *tag = m->tags + 2 * (strip * kblocks + kb);
         int64_t cols = min64(COLS, m->cols - kb * COLS);
-        for (int64_t r = 0; r < count; r++)
-            decode_row(record, tag[0], tag[1], rows, cols, first + r, grids, dtype, out, r * m->cols + kb * COLS);
+        decode_block(record, tag[0], tag[1], rows, cols, first, count, grids, dtype, out, kb * COLS, m->cols);
         record += record_nbytes(tag[0], rows, cols);
     }
 }
@@ -279,123 +379,144 @@ void ciuic_gather(const uint8_t *arena, const uint8_t *tags, const int64_t *stri
 
 /* ---- products ----------------------------------------------------------------------------------------------- */
 
-/* Sums of one strip: a vector of partial sums for each row and token, added up at the end of the strip. */
-typedef f32v sums[ROWS][MAX_TOKENS];
+/* A vector of partial sums for each row and token of a band of rows, added up when the band is done. Bands are
+ * short when tokens are many, so that the sums stay in the first-level cache. */
+enum { BAND_SUMS = 256 };
 
-static inline void decode_scales(const uint8_t *bytes, uint8_t exponent, int64_t count, float *out) {
-    for (int64_t i = 0; i < count; i++) out[i] = scale_value(bytes[i], exponent);
+/* sums[r - first] += row r . x, for one token. */
+INLINE void product_one(const uint8_t *record, uint8_t exponent, int64_t rows, int k, int cols, int group,
+                        int64_t first, int64_t count, const struct grid *g, const float *x, f32v *sums) {
+    for (int64_t r = first; r < first + count; r++) {
+        struct row row = row_of(record, k, rows, cols, group, r);
+        f32v total = sums[r - first];
+#pragma GCC unroll 4
+        for (int n = 0; n < cols / group; n++) {
+            f32v part = splat(0);
+#pragma GCC unroll 4
+            for (int j = n * group / LANES; j < (n + 1) * group / LANES; j++)
+                part = multiply_add(levels16_rounded(codes16(row.low, row.high, k, cols, j), k, g),
+                                    load(x + LANES * j), part);
+            total = multiply_add(splat(scale_value(row.scales[n], exponent)), part, total);
+        }
+        sums[r - first] = total;
+    }
 }
 
-/* out[r][t] += block row r . x[t] for a grid block; k, cols, group and tokens are constants where inlined. */
-static inline __attribute__((always_inline)) void block_product(
-    const uint8_t *record, uint8_t exponent, int64_t rows, int k, int cols, int group, int tokens,
-    const struct grid *g, const float *const *x, sums out) {
-    const int b = low_plane(k), low_bytes = cols * b / 8, high_bytes = cols * (k - b) / 8, groups = cols / group;
-    const uint8_t *low = record, *high = record + rows * low_bytes;
-    float scales[ROWS * COLS / 32];
-    decode_scales(high + rows * high_bytes, exponent, rows * groups, scales);
-    for (int64_t r = 0; r < rows; r++, low += low_bytes, high += high_bytes) {
+INLINE void decode_weights(struct row row, uint8_t exponent, int k, int cols, int group, const struct grid *g,
+                           f32v *out) {
 #pragma GCC unroll 4
-        for (int n = 0; n < groups; n++) {
-            f32v part[MAX_TOKENS];
-#pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++) part[t] = splat(0);
+    for (int n = 0; n < cols / group; n++) {
+        f32v scale = splat(scale_value(row.scales[n], exponent));
 #pragma GCC unroll 4
-            for (int j = n * group / LANES; j < (n + 1) * group / LANES; j++) {
-                f32v level = levels16(codes16(low, high, k, cols, j), k, g);
-#pragma GCC unroll 8
-                for (int t = 0; t < tokens; t++) part[t] = multiply_add(level, load(x[t] + LANES * j), part[t]);
+        for (int j = n * group / LANES; j < (n + 1) * group / LANES; j++)
+            out[j] = scale * levels16_rounded(codes16(row.low, row.high, k, cols, j), k, g);
+    }
+}
+
+/* sums[(r - first) * tokens + t] += row r . x[t]. Two rows stay decoded in registers while the tokens pass by, so
+ * each load of x serves two multiply-adds. */
+INLINE void product_many(const uint8_t *record, uint8_t exponent, int64_t rows, int k, int cols, int group,
+                         int64_t first, int64_t count, int tokens, const struct grid *g, const float *const *x,
+                         int64_t at, f32v *sums) {
+    for (int64_t r = first; r < first + count; r += 2) {
+        int64_t next = min64(r + 1, first + count - 1); /* an odd last row is its own partner, and counts once */
+        f32v a[COLS / LANES], b[COLS / LANES];
+        decode_weights(row_of(record, k, rows, cols, group, r), exponent, k, cols, group, g, a);
+        decode_weights(row_of(record, k, rows, cols, group, next), exponent, k, cols, group, g, b);
+        f32v *out = sums + (r - first) * tokens, *partner = sums + (next - first) * tokens;
+        for (int t = 0; t < tokens; t++) {
+            f32v one = splat(0), two = splat(0), three = splat(0), four = splat(0);
+#pragma GCC unroll 4
+            for (int j = 0; j < cols / LANES; j += 2) {
+                f32v even = load(x[t] + at + LANES * j), odd = load(x[t] + at + LANES * (j + 1));
+                one = multiply_add(a[j], even, one);
+                two = multiply_add(b[j], even, two);
+                three = multiply_add(a[j + 1], odd, three);
+                four = multiply_add(b[j + 1], odd, four);
             }
-            f32v scale = splat(scales[r * groups + n]);
-#pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++) out[r][t] = multiply_add(scale, part[t], out[r][t]);
+            f32v mine = out[t] + (one + three);
+            partner[t] += two + four;
+            out[t] = mine;
         }
     }
 }
 
 /* Any block: rows are decoded one at a time. */
-static void block_product_any(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols,
-                              int tokens, const struct grid *grids, const float *const *x, sums out) {
+static void product_any(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols, int64_t first,
+                        int64_t count, int tokens, const struct grid *grids, const float *const *x, int64_t at,
+                        f32v *sums) {
     float line[COLS] = {0};
-    for (int64_t r = 0; r < rows; r++) {
-        decode_row(record, id, exponent, rows, cols, r, grids, F32, line, 0);
+    for (int64_t r = 0; r < count; r++) {
+        decode_block(record, id, exponent, rows, cols, first + r, 1, grids, F32, line, 0, 0);
         for (int t = 0; t < tokens; t++)
             for (int j = 0; j < COLS / LANES; j++)
-                out[r][t] = multiply_add(load(line + LANES * j), load(x[t] + LANES * j), out[r][t]);
+                sums[r * tokens + t] =
+                    multiply_add(load(line + LANES * j), load(x[t] + at + LANES * j), sums[r * tokens + t]);
     }
 }
 
-#define FOR_TOKENS(K, C, G)                                                                                 \
-    switch (tokens) {                                                                                       \
-    case 1: block_product(record, exponent, rows, K, C, G, 1, g, x, out); break;                            \
-    case 2: block_product(record, exponent, rows, K, C, G, 2, g, x, out); break;                            \
-    case 4: block_product(record, exponent, rows, K, C, G, 4, g, x, out); break;                            \
-    default: block_product(record, exponent, rows, K, C, G, 8, g, x, out);                                  \
+/* One function for each width: together they would be too long for a compiler to treat well. */
+#define PRODUCT(K, C, G)                                                                                     \
+    if (tokens == 1) product_one(record, exponent, rows, K, C, G, first, count, g, *x + at, sums);           \
+    else product_many(record, exponent, rows, K, C, G, first, count, tokens, g, x, at, sums)
+#define PRODUCTS(K)                                                                                          \
+    static void products_##K(const uint8_t *record, uint8_t exponent, int64_t rows, int64_t cols, int group, \
+                             int64_t first, int64_t count, int tokens, const struct grid *g,                 \
+                             const float *const *x, int64_t at, f32v *sums) {                                \
+        FOR_SHAPES(PRODUCT, K)                                                                               \
     }
-#define PRODUCTS(K)                                                                                         \
-    static void products_##K(const uint8_t *record, uint8_t exponent, int64_t rows, int64_t cols, int group,\
-                             int tokens, const struct grid *g, const float *const *x, sums out) {           \
-        if (cols == COLS && group == 32) { FOR_TOKENS(K, COLS, 32) }                                        \
-        else if (cols == COLS) { FOR_TOKENS(K, COLS, 64) }                                                  \
-        else if (group == 32) { FOR_TOKENS(K, (COLS / 2), 32) }                                             \
-        else { FOR_TOKENS(K, (COLS / 2), 64) }                                                              \
-    }
-PRODUCTS(2)
-PRODUCTS(3)
-PRODUCTS(4)
-PRODUCTS(5)
-PRODUCTS(6)
-PRODUCTS(8)
+FOR_WIDTHS(PRODUCTS)
 
-/* y[y_rows[t], strip rows] = W[strip rows, :] . x[t]; x rows are padded with zeros to whole blocks. */
+static void block_product(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols, int64_t first,
+                          int64_t count, int tokens, const struct grid *grids, const float *const *x, int64_t at,
+                          f32v *sums) {
+    int k = codec_width(id), group = codec_group(id);
+    if (!is_even(id, cols)) {
+        product_any(record, id, exponent, rows, cols, first, count, tokens, grids, x, at, sums);
+        return;
+    }
+#define CASE(K) case K: products_##K(record, exponent, rows, cols, group, first, count, tokens, grids + k, x, at, sums); break;
+    switch (k) { FOR_WIDTHS(CASE) }
+#undef CASE
+}
+
+/* y[y_rows[t], rows of the strip] = W[rows of the strip, :] . x[t]; x is padded with zeros to whole blocks. */
 static void strip_product(const struct matrix *m, int64_t strip, int tokens, const struct grid *grids,
                           const float *const *x, int dtype, void *y, const int64_t *y_rows) {
     int64_t kblocks = ceil_div(m->cols, COLS), rows = min64(ROWS, m->rows - strip * ROWS);
-    const uint8_t *record = m->arena + m->strip_offsets[strip];
-    const float *here[MAX_TOKENS];
-    sums out;
-    /* The kernels exist for 1, 2, 4 and 8 tokens; in between, the last one is repeated. */
-    int padded = tokens <= 2 ? tokens : tokens <= 4 ? 4 : MAX_TOKENS;
-    for (int64_t r = 0; r < rows; r++)
-        for (int t = 0; t < padded; t++) out[r][t] = splat(0);
-    for (int64_t kb = 0; kb < kblocks; kb++) {
-        const uint8_t *tag = m->tags + 2 * (strip * kblocks + kb);
-        int64_t cols = min64(COLS, m->cols - kb * COLS);
-        int id = tag[0], group = codec_group(id);
-        uint8_t exponent = tag[1];
-        for (int t = 0; t < padded; t++) here[t] = x[t < tokens ? t : tokens - 1] + kb * COLS;
-        if (id == ZERO) {
-        } else if ((cols == COLS || cols == COLS / 2) && id != RAW_BF16 && id != RAW_FP16) {
-#define CASE(K) case K: products_##K(record, exponent, rows, cols, group, padded, grids + K, here, out); break
-            switch (codec_width(id)) { CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(8); }
-#undef CASE
-        } else {
-            block_product_any(record, id, exponent, rows, cols, tokens, grids, here, out);
+    int64_t band = min64(ROWS, BAND_SUMS / tokens & ~1);
+    f32v sums[BAND_SUMS];
+    for (int64_t first = 0; first < rows; first += band) {
+        const uint8_t *record = m->arena + m->strip_offsets[strip], *tag = m->tags + 2 * strip * kblocks;
+        int64_t count = min64(band, rows - first);
+        memset(sums, 0, (size_t)(count * tokens) * sizeof(f32v));
+        for (int64_t kb = 0; kb < kblocks; kb++, tag += 2) {
+            int64_t cols = min64(COLS, m->cols - kb * COLS);
+            if (tag[0] != ZERO)
+                block_product(record, tag[0], tag[1], rows, cols, first, count, tokens, grids, x, kb * COLS, sums);
+            record += record_nbytes(tag[0], rows, cols);
         }
-        record += record_nbytes(id, rows, cols);
+        for (int t = 0; t < tokens; t++)
+            for (int64_t r = 0; r < count; r++) {
+                int64_t at = y_rows[t] * m->rows + strip * ROWS + first + r;
+                if (dtype == F32) ((float *)y)[at] = sum(sums[r * tokens + t]);
+                else ((uint16_t *)y)[at] = to_bf16(sum(sums[r * tokens + t]));
+            }
     }
-    for (int t = 0; t < tokens; t++)
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t at = y_rows[t] * m->rows + strip * ROWS + r;
-            if (dtype == F32) ((float *)y)[at] = sum(out[r][t]);
-            else ((uint16_t *)y)[at] = to_bf16(sum(out[r][t]));
-        }
 }
 
 static float *padded_float(const void *x, int dtype, int64_t count, int64_t cols, int64_t width) {
     float *out = aligned_alloc(64, (size_t)(count * width) * sizeof(float)); /* width is a multiple of 128 */
     if (!out) return NULL;
     for (int64_t r = 0; r < count; r++) {
-        const uint16_t *half = (const uint16_t *)x + r * cols;
         float *line = out + r * width;
-        if (dtype == F32) memcpy(line, (const float *)x + r * cols, (size_t)cols * sizeof(float));
-        else for (int64_t c = 0; c < cols; c++) line[c] = as_float((uint32_t)half[c] << 16);
+        load_line(x, dtype, r * cols, cols, line);
         memset(line + cols, 0, (size_t)(width - cols) * sizeof(float));
     }
     return out;
 }
 
-/* Grouped products. Group i multiplies the output rows order[starts[i] .. starts[i + 1]) (at most 8) with matrix
+/* Grouped products. Group i multiplies the output rows order[starts[i] .. starts[i + 1]) (at most MAX_TOKENS) with matrix
  * experts[i]: y[r] = W[experts[i]] . x[r / fan]. x [count, cols] and y [*, rows] are float32 or bfloat16.
  * Returns 0, or 1 when there is no memory for x as float32. */
 int ciuic_products(const uint8_t *arena, const uint8_t *tags, const int64_t *strip_offsets, int64_t rows,
@@ -419,130 +540,155 @@ int ciuic_products(const uint8_t *arena, const uint8_t *tags, const int64_t *str
 
 /* ---- encode ------------------------------------------------------------------------------------------------- */
 
-static inline float load_weight(const void *src, int dtype, int64_t at) {
-    if (dtype == F32) return ((const float *)src)[at];
-    if (dtype == BF16) return as_float((uint32_t)((const uint16_t *)src)[at] << 16);
-    float f;
-    decode_row_raw(RAW_FP16, (const uint16_t *)src + at, 1, &f);
-    return f;
+/* The code of y, or one less; never the last code. A polynomial takes thresholds to the middle between two codes,
+ * so it can be off by almost half a code before this is wrong (native.py checks how far it is). */
+INLINE i32v guess16(f32v y, int k, const struct grid *g) {
+    y = smaller(larger(y, splat(g->first)), splat(g->last));
+    f32v square = y * y, p = splat(g->inverse[k - 2]);
+#pragma GCC unroll 8
+    for (int i = k - 3; i >= 0; i--) p = multiply_add(p, square, splat(g->inverse[i]));
+    return __builtin_convertvector(multiply_add(p, y, splat((float)(1 << (k - 1)))), i32v);
 }
 
-/* Fixed-order sum, the same tree as tree_sum() in codecs/grid.py. */
-static inline float tree_sum(float *e, int n) {
-    for (int half = n / 2; half >= 1; half /= 2)
-        for (int i = 0; i < half; i++) e[i] = e[i] + e[i + half];
-    return e[0];
-}
-
-/* Codes of one group at one scale, and the squared error. */
-static inline float quantize_group(const float *w, int group, float scale, const struct grid *g, int32_t *codes) {
-    float inverse = 1.0f / scale, errors[64];
-    for (int i = 0; i < group; i++) {
-        float y = w[i] * inverse;
-        float place = (y + 1.0f) * 512.0f;
-        int32_t bin = (int32_t)(place < 0 ? 0 : place > 1024 ? 1024 : place);
-        int32_t q = g->guess[bin];
-        q += y > g->thresholds[q];
-        codes[i] = q;
-        float d = w[i] - scale * g->levels[q];
-        errors[i] = d * d;
+/* Codes of one group at one scale, and the squared error, added up in the order of tree_sum() in codecs/grid.py. */
+INLINE float quantize_group(const float *w, int group, float scale, int k, const struct grid *g, i32v *codes) {
+    f32v errors[64 / LANES], inverse = splat(1.0f / scale);
+#pragma GCC unroll 4
+    for (int j = 0; j < group / LANES; j++) {
+        f32v v = load(w + LANES * j), y = v * inverse;
+        i32v q = guess16(y, k, g);
+        f32v lower = levels16(q, k, g), upper = levels16(q + 1, k, g);
+        i32v up = y > (upper + lower) * 0.5f; /* -1 where true */
+        codes[j] = q - up;
+        f32v difference = v - scale * blend(up, upper, lower);
+        errors[j] = difference * difference;
     }
-    return tree_sum(errors, group);
+    if (group == 64) {
+        errors[0] += errors[2];
+        errors[1] += errors[3];
+    }
+    return sum(errors[0] + errors[1]);
 }
 
-static inline void put_field(uint8_t *row, int64_t nbytes, int bits, int64_t col, int value) {
-    row[col % nbytes] |= (uint8_t)(value << (bits * (col / nbytes)));
-}
-
-static void put_codes(uint8_t *low, uint8_t *high, int k, int64_t cols, int64_t first, int64_t count,
-                      const int32_t *codes) {
-    int b = low_plane(k);
-    int64_t low_bytes = plane_bytes(cols, b), high_bytes = plane_bytes(cols, k - b);
-    for (int64_t i = 0; i < count; i++) put_field(low, low_bytes, b, first + i, codes[i] & ((1 << b) - 1));
-    if (k > b)
-        for (int64_t i = 0; i < count; i++) put_field(high, high_bytes, k - b, first + i, codes[i] >> b);
-}
-
-/* Smallest scale index that clips nothing, and its sign, for each group of a block; returns the block exponent. */
-static uint8_t anchor_block(float (*w)[COLS], int64_t rows, int64_t groups, int group, int32_t *smallest,
-                            uint8_t *signs) {
+/* Smallest scale index that clips nothing, with the sign on top (bit 31), for each group; returns the block exponent. */
+INLINE uint8_t anchor_block(float (*w)[COLS], int64_t rows, int64_t groups, int group, uint32_t *anchors) {
     int32_t top = 0;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t n = 0; n < groups; n++) {
-            float high = w[r][n * group], low = high;
-            for (int i = 1; i < group; i++) {
-                float v = w[r][n * group + i];
-                high = v > high ? v : high;
-                low = v < low ? v : low;
+            f32v high = load(w[r] + n * group), low = high;
+#pragma GCC unroll 4
+            for (int j = 1; j < group / LANES; j++) {
+                high = larger(high, load(w[r] + n * group + LANES * j));
+                low = smaller(low, load(w[r] + n * group + LANES * j));
             }
-            float absmax = high > -low ? high : -low;
-            int32_t index = (int32_t)((as_bits(absmax) & 0x7fffffffu) + ((1u << 19) - 1)) >> 19;
-            smallest[r * groups + n] = index;
-            signs[r * groups + n] = high > -low ? 128 : 0;
+            float above = maximum(high), below = maximum(-low);
+            uint32_t bits = as_bits(above > below ? above : below) & 0x7fffffffu;
+            int32_t index = (int32_t)((bits + ((1u << 19) - 1)) >> 19);
+            anchors[r * groups + n] = (uint32_t)index | (above > below ? 0x80000000u : 0);
             top = index > top ? index : top;
         }
     int32_t exponent = (top >> 4) - 7;
     return (uint8_t)(exponent < 1 ? 1 : exponent > 247 ? 247 : exponent);
 }
 
-static void encode_grid(float (*w)[COLS], int id, int64_t rows, int64_t cols, const struct grid *grids,
-                        uint8_t *record, uint8_t *exponent) {
-    int k = codec_width(id), group = codec_group(id), b = low_plane(k);
-    const struct grid *g = grids + k;
-    int64_t groups = ceil_div(cols, group), low_bytes = plane_bytes(cols, b), high_bytes = plane_bytes(cols, k - b);
-    uint8_t *scales = record + rows * (low_bytes + high_bytes), signs[ROWS * COLS / 32];
-    int32_t smallest[ROWS * COLS / 32], codes[2][64];
-    *exponent = anchor_block(w, rows, groups, group, smallest, signs);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t n = 0; n < groups; n++) {
-            const float *v = w[r] + n * group;
-            float best = 0;
-            int kept = 0;
-            for (int c = 0; c < g->offset_count; c++) {
-                int32_t index = smallest[r * groups + n] + g->offsets[c] - 16 * *exponent;
-                index = index < 0 ? 0 : index > 127 ? 127 : index;
-                uint8_t byte = (uint8_t)index | signs[r * groups + n];
-                float error = quantize_group(v, group, scale_value(byte, *exponent), g, codes[c ? 1 - kept : 0]);
-                if (c && !(error < best)) continue;
-                kept = c ? 1 - kept : 0;
-                best = error;
-                scales[r * groups + n] = byte;
-            }
-            put_codes(record + r * low_bytes, record + rows * low_bytes + r * high_bytes, k, cols, n * group,
-                      min64(group, cols - n * group), codes[kept]);
-        }
+/* Codes and scale byte of one group: the candidate of least squared error, the first among equals. Every candidate
+ * is computed and kept, because which one wins is not predictable enough for a branch. */
+INLINE uint8_t encode_group(const float *w, int k, int group, uint32_t anchor, uint8_t exponent,
+                            const struct grid *g, uint8_t *out) {
+    i32v codes[8][64 / LANES];
+    uint8_t bytes[8];
+    float best = INFINITY;
+    int kept = 0;
+    for (int c = 0; c < g->offset_count; c++) {
+        int32_t index = (int32_t)(anchor & 0xffff) + g->offsets[c] - 16 * exponent;
+        bytes[c] = (uint8_t)((index < 0 ? 0 : index > 127 ? 127 : index) | (int32_t)(anchor >> 24));
+        float error = quantize_group(w, group, scale_value(bytes[c], exponent), k, g, codes[c]);
+        kept = error < best ? c : kept;
+        best = error < best ? error : best;
+    }
+    for (int j = 0; j < group / LANES; j++) store_bytes(out + LANES * j, codes[kept][j]);
+    return bytes[kept];
 }
 
-static int encode_raw(const void *src, int dtype, int id, int64_t rows, int64_t cols, int64_t stride, int64_t at,
-                      uint16_t *record) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) {
-            if (id == RAW_BF16) record[r * cols + c] = to_bf16(load_weight(src, dtype, at + r * stride + c));
-            else if (dtype == F16) record[r * cols + c] = ((const uint16_t *)src)[at + r * stride + c];
-            else return 2;
+/* Bits [shift, shift + bits) of a row's codes as a plane, eight bytes at a time: no field leaves its byte. Eight
+ * zero codes follow the last column. */
+INLINE void pack_plane(const uint8_t *codes, int64_t cols, int bits, int shift, uint8_t *out) {
+    const uint64_t mask = 0x0101010101010101u * ((1u << bits) - 1);
+    int64_t nbytes = plane_bytes(cols, bits);
+    for (int64_t w = 0; w < nbytes; w += 8) {
+        uint64_t packed = 0, word;
+#pragma GCC unroll 8
+        for (int j = 0; j < 8 / bits; j++) {
+            memcpy(&word, codes + j * nbytes + w, 8);
+            packed |= ((word >> shift) & mask) << (j * bits);
         }
+        memcpy(out + w, &packed, (size_t)min64(8, nbytes - w));
+    }
+}
+
+INLINE void encode_grid(float (*w)[COLS], int k, int group, int64_t rows, int64_t cols, const struct grid *g,
+                        uint8_t *record, uint8_t *exponent) {
+    const int b = low_plane(k);
+    int64_t groups = ceil_div(cols, group), low_bytes = plane_bytes(cols, b), high_bytes = plane_bytes(cols, k - b);
+    uint8_t *high = record + rows * low_bytes, *scales = high + rows * high_bytes, codes[COLS + 16];
+    uint32_t anchors[ROWS * COLS / 32];
+    *exponent = anchor_block(w, rows, groups, group, anchors);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t n = 0; n < groups; n++)
+            scales[r * groups + n] = encode_group(w[r] + n * group, k, group, anchors[r * groups + n], *exponent, g,
+                                                  codes + n * group);
+        memset(codes + cols, 0, (size_t)(COLS + 16 - cols));
+        pack_plane(codes, cols, b, 0, record + r * low_bytes);
+        if (k > b) pack_plane(codes, cols, k - b, b, high + r * high_bytes);
+    }
+}
+
+#define ENCODE(K)                                                                                            \
+    static void encode_##K(float (*w)[COLS], int group, int64_t rows, int64_t cols, const struct grid *g,    \
+                           uint8_t *record, uint8_t *exponent) {                                             \
+        if (group == 32) encode_grid(w, K, 32, rows, cols, g, record, exponent);                             \
+        else encode_grid(w, K, 64, rows, cols, g, record, exponent);                                         \
+    }
+FOR_WIDTHS(ENCODE)
+
+static int encode_raw(float (*w)[COLS], const void *src, int dtype, int id, int64_t rows, int64_t cols,
+                      int64_t stride, int64_t at, uint16_t *record) {
+    if (id == RAW_FP16 && dtype != F16) return 2;
+    for (int64_t r = 0; r < rows; r++) {
+        if (id == RAW_BF16) store_line(w[r], cols, BF16, record, r * cols);
+        else memcpy(record + r * cols, (const uint16_t *)src + at + r * stride, (size_t)cols * 2);
+    }
     return 0;
+}
+
+/* The block's weights as float32, padded with zeros to 128 columns; returns whether all are finite. */
+static int load_block(const void *src, int dtype, int64_t stride, int64_t at, int64_t rows, int64_t cols,
+                      float (*w)[COLS]) {
+    i32v bad = {};
+    int found = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        if (cols == COLS) load_line(src, dtype, at + r * stride, COLS, w[r]);
+        else load_line(src, dtype, at + r * stride, cols, w[r]);
+        memset(w[r] + cols, 0, (size_t)(COLS - cols) * sizeof(float));
+        for (int j = 0; j < COLS / LANES; j++) bad |= ((i32v)load(w[r] + LANES * j) & 0x7fffffff) > 0x7f7fffff;
+    }
+    for (int i = 0; i < LANES; i++) found |= bad[i];
+    return !found;
 }
 
 static int encode_block(const void *src, int dtype, int64_t stride, int64_t at, int64_t rows, int64_t cols,
                         const struct grid *grids, uint8_t *tag, uint8_t *record) {
     float w[ROWS][COLS];
-    uint32_t largest = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < cols; c++) {
-            w[r][c] = load_weight(src, dtype, at + r * stride + c);
-            uint32_t magnitude = as_bits(w[r][c]) & 0x7fffffffu;
-            largest = magnitude > largest ? magnitude : largest;
-        }
-        for (int64_t c = cols; c < COLS; c++) w[r][c] = 0;
-    }
-    if (largest >= 0x7f800000u) return 1;
+    int id = tag[0], k = codec_width(id), group = codec_group(id);
+    if (!load_block(src, dtype, stride, at, rows, cols, w)) return 1;
     tag[1] = 0;
-    memset(record, 0, (size_t)record_nbytes(tag[0], rows, cols));
-    if (tag[0] == ZERO) return 0;
-    if (tag[0] == RAW_BF16 || tag[0] == RAW_FP16)
-        return encode_raw(src, dtype, tag[0], rows, cols, stride, at, (uint16_t *)record);
-    encode_grid(w, tag[0], rows, cols, grids, record, tag + 1);
+    if (id == ZERO) return 0;
+    memset(record + record_nbytes(id, rows, cols) - ALIGN, 0, ALIGN); /* the padding */
+    if (id == RAW_BF16 || id == RAW_FP16)
+        return encode_raw(w, src, dtype, id, rows, cols, stride, at, (uint16_t *)record);
+#define CASE(K) case K: encode_##K(w, group, rows, cols, grids + k, record, tag + 1); break;
+    switch (k) { FOR_WIDTHS(CASE) }
+#undef CASE
     return 0;
 }
 

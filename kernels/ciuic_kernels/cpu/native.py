@@ -25,19 +25,33 @@ from ciuic_kernels.codecs.grid import CURVE, PLANES, SCALE_OFFSETS, levels, thre
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write; float16 goes through float32
-GUESSES = 1025
-MAX_TOKENS = 8  # rows of x that one pass over a matrix serves
+MAX_TOKENS = 16  # rows of x that one pass over a matrix serves
 
 
 class _Grid(ctypes.Structure):
     _fields_ = (
         ("levels", ctypes.c_float * 256),
-        ("thresholds", ctypes.c_float * 256),
-        ("guess", ctypes.c_int32 * GUESSES),
+        ("inverse", ctypes.c_float * 8),
+        ("first", ctypes.c_float),
+        ("last", ctypes.c_float),
+        ("curve", ctypes.c_float),
         ("offsets", ctypes.c_int32 * 8),
         ("offset_count", ctypes.c_int32),
-        ("curve", ctypes.c_float),
     )
+
+
+def _inverse(bits: int) -> list[float]:
+    """Coefficients of y, y^3, ... (``bits - 1`` of them) that take threshold i to ``i + 1/2 - 2^(bits - 1)``.
+
+    The encoder's first guess of a code. It compares with one true threshold afterwards, so the codes are exact as
+    long as the polynomial is less than 1/2 off at the thresholds; the widths of the format stay below 1/6.
+    """
+    bounds = thresholds(bits).double()
+    targets = torch.arange(len(bounds), dtype=torch.float64, device="cpu") + 0.5 - 2 ** (bits - 1)
+    powers = bounds[:, None] ** torch.arange(1, 2 * bits - 2, 2, device="cpu")
+    solution = torch.linalg.lstsq(powers, targets).solution
+    assert float((powers @ solution - targets).abs().max()) < 0.4
+    return solution.tolist()
 
 
 def _grid_tables() -> ctypes.Array[_Grid]:
@@ -45,12 +59,9 @@ def _grid_tables() -> ctypes.Array[_Grid]:
     tables = (_Grid * 9)()
     for bits in PLANES:
         table, bounds = tables[bits], thresholds(bits)
-        table.levels[: 1 << bits] = levels(bits).tolist()
-        table.thresholds[: len(bounds)] = bounds.tolist()
-        table.thresholds[len(bounds)] = float("inf")
-        # One bin of 1/512 holds at most one threshold; the slack covers the rounding of the bin's index.
-        starts = torch.arange(GUESSES, dtype=torch.float64, device="cpu") / 512 - 1 - 1e-6
-        table.guess[:] = torch.bucketize(starts, bounds.double()).tolist()
+        table.levels[:] = levels(bits).tolist() * (256 >> bits)
+        table.inverse[: bits - 1] = _inverse(bits)
+        table.first, table.last = float(bounds[0]), float(bounds[-1])
         offsets = SCALE_OFFSETS[bits]
         table.offsets[: len(offsets)] = offsets
         table.offset_count = len(offsets)
@@ -204,7 +215,8 @@ def products(
     Args:
         x: float32 or bfloat16 ``[T, K]``, contiguous.
         fan: outputs for each row of ``x``: output row r reads ``x[r // fan]``.
-        groups: ``order`` int64 ``[*]``, output rows by group, ``starts`` int64 ``[G + 1]`` (at most 8 apart) and
+        groups: ``order`` int64 ``[*]``, output rows by group, ``starts`` int64 ``[G + 1]`` (at most
+            ``MAX_TOKENS`` apart) and
             ``experts`` int64 ``[G]``.
 
     Returns:

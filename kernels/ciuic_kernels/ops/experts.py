@@ -11,34 +11,32 @@ from ciuic_kernels.ops._define import define, differentiable
 from ciuic_kernels.ops._products import (
     NATIVE_ROWS,
     check_input,
+    columns,
     dense_product,
     dense_transposed_product,
     fused_product,
 )
 
 
-def _routed(expert_ids: Tensor, experts: int) -> list[tuple[int, Tensor]]:
-    """``(expert, rows int64 [n])`` for every expert that has rows; an id of ``experts`` or more means no expert."""
-    flat = expert_ids.reshape(-1).cpu()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=experts).tolist()
-    routed, start = [], 0
-    for expert, count in enumerate(counts[:experts]):
-        if count:
-            routed.append((expert, order[start : start + count]))
-        start += count
-    return routed
+def _routed(expert_ids: Tensor, experts: int) -> list[tuple[int, list[int]]]:
+    """``(expert, rows)`` for every expert that has rows; an id of ``experts`` or more means no expert."""
+    rows: dict[int, list[int]] = {}
+    for row, expert in enumerate(expert_ids.reshape(-1).tolist()):
+        if expert < experts:
+            rows.setdefault(expert, []).append(row)
+    return sorted(rows.items())
 
 
-def _groups(routed: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _groups(routed: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of several experts as ``order, starts, experts`` for the fused kernel."""
-    starts, experts, base = [0], [], 0
+    order: list[int] = []
+    starts, experts = [0], []
     for expert, members in routed:
-        for first in range(0, members.numel(), native.MAX_TOKENS):
-            starts.append(base + min(first + native.MAX_TOKENS, members.numel()))
+        for first in range(0, len(members), native.MAX_TOKENS):
+            order += members[first : first + native.MAX_TOKENS]
+            starts.append(len(order))
             experts.append(expert)
-        base += members.numel()
-    return torch.cat([members for _, members in routed]), torch.tensor(starts), torch.tensor(experts)
+    return torch.tensor(order), torch.tensor(starts), torch.tensor(experts)
 
 
 def expert_linear(
@@ -60,26 +58,24 @@ def expert_linear(
         ``[T * k, N]`` of x's dtype; row ``t * k + i`` belongs to ``expert_ids[t, i]``.
 
     Raises:
-        ValueError: when the shapes of x and expert_ids do not match.
+        ValueError: for an x of the wrong width, kind or device, or when x and expert_ids do not match.
+        IndexError: for a negative id.
     """
-    check_input(x, x.shape[-1], arena)
+    check_input(x, columns(x, tags), arena)
     experts, strips = tags.shape[0], tags.shape[1]
     fan = _fan(x, expert_ids)
-    count = expert_ids.numel()
-    out = x.new_zeros(count, rows)
-    small: list[tuple[int, Tensor]] = []
-    large: list[tuple[int, Tensor]] = []
-    for expert, members in _routed(expert_ids, experts):
-        few = use_native(x.device) and members.numel() <= NATIVE_ROWS
-        (small if few else large).append((expert, members))
+    few = NATIVE_ROWS if use_native(x.device) else 0
+    routed = _routed(expert_ids, experts)
+    small = [(expert, members) for expert, members in routed if len(members) <= few]
+    large = [(expert, members) for expert, members in routed if len(members) > few]
+    groups = _groups(small)
+    if not large and len(groups[0]) == expert_ids.numel() > 0:
+        return fused_product(x, fan, groups, arena, tags, offsets, rows)
+    out = x.new_zeros(expert_ids.numel(), rows)
     if small:
-        groups = _groups(small)
-        part = fused_product(x, fan, groups, arena, tags, offsets, rows)
-        if not large and len(groups[0]) == count:
-            return part
-        out[groups[0]] = part[groups[0]]
+        out[groups[0]] = fused_product(x, fan, groups, arena, tags, offsets, rows)[groups[0]]
     for expert, members in large:
-        here = members.to(x.device)
+        here = torch.tensor(members, device=x.device)
         out[here] = dense_product(x[here // fan], arena, tags[expert], offsets[expert * strips :], rows)
     return out
 
@@ -110,7 +106,7 @@ def expert_linear_backward(
     fan = expert_ids.numel() // max(1, x_rows)
     total = torch.zeros(x_rows, cols, dtype=torch.float32, device=grad.device)
     for expert, members in _routed(expert_ids, tags.shape[0]):
-        here = members.to(grad.device)
+        here = torch.tensor(members, device=grad.device)
         part = dense_transposed_product(
             grad[here], arena, tags[expert], offsets[expert * tags.shape[1] :], cols
         )

@@ -11,6 +11,7 @@ from ciuic_kernels.ops._define import define, differentiable
 from ciuic_kernels.ops._products import (
     NATIVE_ROWS,
     check_input,
+    columns,
     dense_product,
     dense_transposed_product,
     fused_product,
@@ -34,7 +35,7 @@ def linear(x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor
     Raises:
         ValueError: for an x of the wrong width, kind or device.
     """
-    cols = _columns(x, tags)
+    cols = columns(x, tags)
     check_input(x, cols, arena)
     flat = x.reshape(-1, cols)
     if use_native(x.device) and 0 < flat.shape[0] <= NATIVE_ROWS:
@@ -44,17 +45,6 @@ def linear(x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor
     if bias is not None:
         out = out + bias.to(out.dtype)
     return out.view(*x.shape[:-1], rows)
-
-
-def _columns(x: Tensor, tags: Tensor) -> int:
-    """K, which the tags only bound: x must fall in their last block."""
-    cols, kblocks = x.shape[-1], tags.shape[-2]
-    if not 128 * (kblocks - 1) < cols <= 128 * kblocks:
-        raise ValueError(
-            f"x has {cols} features in its last dimension, the compressed weight needs more than "
-            f"{128 * (kblocks - 1)} and at most {128 * kblocks}."
-        )
-    return cols
 
 
 def _linear_fake(
