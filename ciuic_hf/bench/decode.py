@@ -104,7 +104,8 @@ def _interleave(
     model: str, work: str, dense: Callable[[], None], ours: Callable[[], None], repeats: int
 ) -> SpeedRow:
     times: tuple[list[float], list[float]] = ([], [])
-    dense(), ours()
+    dense()
+    ours()
     for _ in track(range(repeats), description=f"{model}: {work}", transient=True):
         for run, seconds in zip((dense, ours), times, strict=True):
             start = time.perf_counter()

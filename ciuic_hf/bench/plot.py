@@ -36,6 +36,7 @@ def draw_bytes_against_quality(
         xytext=(-6, 0), ha="right", va="top", rotation=90, color="#6b7280",
     )  # fmt: skip
     axes.set_yscale("log")
+    axes.margins(y=0.12)
     axes.set_xlim(left=0)
     axes.set_xlabel("size of the model (MB)")
     axes.set_ylabel("KL divergence from the original (nats per token)")

@@ -1,0 +1,93 @@
+"""A decoder of checkpoint format v1 written from docs/checkpoint-format.md alone: numpy, no torch, no ciuic.
+
+    python docs/reference_decoder.py CHECKPOINT_DIRECTORY [PARAMETER]
+
+prints a few values of every compressed parameter, or of one.
+"""
+
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+CURVE = {2: 6 / 32, 3: 8 / 32, 4: 13 / 32, 5: 16 / 32, 6: 16 / 32, 8: 13 / 32}
+ZERO, RAW_BF16, RAW_FP16 = 0, 1, 2
+GRIDS = {group + width: (width, group) for group in (32, 64) for width in PLANES}
+
+
+def record_nbytes(codec, rows, cols):
+    if codec == ZERO:
+        return 0
+    if codec in (RAW_BF16, RAW_FP16):
+        return 2 * rows * cols
+    width, group = GRIDS[codec]  # KeyError: not a codec of version 1
+    return rows * (sum(-(-cols * p // 8) for p in PLANES[width]) + -(-cols // group))
+
+
+def levels(width):
+    half, c = np.float32(1 << (width - 1)), np.float32(CURVE[width])
+    t = (np.arange(1 << width, dtype=np.float32) - half) / half
+    return t * ((np.float32(1) - c) + c * (t * t))
+
+
+def decode_block(codec, exponent, record, rows, cols):
+    """record: uint8 ``[record_nbytes]`` -> float32 ``[rows, cols]``."""
+    if codec == ZERO:
+        return np.zeros((rows, cols), np.float32)
+    if codec == RAW_BF16:
+        return (record.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(rows, cols)
+    if codec == RAW_FP16:
+        return record.view("<f2").astype(np.float32).reshape(rows, cols)
+    width, group = GRIDS[codec]
+    columns = np.arange(cols)
+    codes, start, shift = np.zeros((rows, cols), np.int64), 0, 0
+    for p in PLANES[width]:
+        w = -(-cols * p // 8)
+        plane = record[start : start + rows * w].reshape(rows, w)
+        fields = plane.astype(np.int64)[:, columns % w] >> (columns // w * p)
+        codes |= (fields & ((1 << p) - 1)) << shift
+        start, shift = start + rows * w, shift + p
+    scale = record[start:].reshape(rows, -1)[:, columns // group].astype(np.uint32)
+    bits = (((exponent << 4) + (scale & 127)) << 19) | ((scale >> 7) << 31)
+    return bits.astype(np.uint32).view(np.float32) * levels(width)[codes]
+
+
+def decode(arena, tags, shape):
+    """arena uint8 ``[nbytes]``, tags uint8 ``[..., strips, kblocks, 2]``, shape from config.json -> float32."""
+    rows, cols = shape[-2:]
+    out, at = np.empty((tags.size // 2 // (-(-rows // 64) * -(-cols // 128)), rows, cols), np.float32), 0
+    blocks = iter(tags.reshape(-1, 2).tolist())
+    for matrix in out:
+        for r in range(0, rows, 64):
+            for k in range(0, cols, 128):
+                (codec, exponent), view = next(blocks), matrix[r : r + 64, k : k + 128]
+                n = record_nbytes(codec, *view.shape)
+                view[:] = decode_block(codec, exponent, arena[at : at + n], *view.shape)
+                at += -(-n // 16) * 16
+    assert at == arena.size, "the tags do not add up to the arena"
+    return out.reshape(shape)
+
+
+def read_safetensors(path):
+    raw = np.fromfile(path, np.uint8)
+    (n,) = struct.unpack("<Q", raw[:8].tobytes())
+    header = json.loads(raw[8 : 8 + n].tobytes())
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] == "U8":
+            yield name, raw[8 + n + begin : 8 + n + end].reshape(entry["shape"])
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    parameters = json.loads((directory / "config.json").read_text())["quantization_config"]["parameters"]
+    tensors = dict(
+        pair for file in sorted(directory.glob("*.safetensors")) for pair in read_safetensors(file)
+    )
+    for name in sys.argv[2:] or sorted(parameters.keys() & tensors.keys()):
+        dense = decode(tensors[name], tensors[name + "_tags"], parameters[name]["shape"])
+        print(name, list(dense.shape), dense.ravel()[:4])
