@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,7 +27,7 @@ def anonymous_nbytes() -> int | None:
 
 
 class PeakMemory:
-    """Context manager that measures the peak above the start.
+    """Measures the peak above the start, by ``start()`` and ``stop()`` or as a context manager.
 
     Attributes:
         nbytes: the peak, None where it cannot be measured.
@@ -37,40 +38,36 @@ class PeakMemory:
         self.interval = interval
         self.nbytes: int | None = None
         self.kind = ""
+        self._on_gpu = False
+        self._start = self._peak = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> Self:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._on_gpu = True
             torch.cuda.reset_peak_memory_stats()
-            self._cuda_start: int | None = torch.cuda.memory_allocated()
-        else:
-            self._cuda_start = None
-            self._start = self._peak = anonymous_nbytes()
-            if self._start is not None:
-                self._thread = threading.Thread(target=self._watch, daemon=True)
-                self._thread.start()
+            self._start = torch.cuda.memory_allocated()
+        elif (now := anonymous_nbytes()) is not None:
+            self._start = self._peak = now
+            # The thread must not keep this object alive: a load that fails never calls stop().
+            arguments = (weakref.ref(self), self._stop, self.interval)
+            self._thread = threading.Thread(target=_watch, args=arguments, daemon=True)
+            self._thread.start()
         return self
 
     def stop(self) -> None:
-        if self._cuda_start is not None:
-            self.nbytes, self.kind = torch.cuda.max_memory_allocated() - self._cuda_start, "GPU"
-            return
-        self._stop.set()
-        if self._thread is not None:
+        if self._on_gpu:
+            self.nbytes, self.kind = torch.cuda.max_memory_allocated() - self._start, "GPU"
+        elif self._thread is not None:
+            self._stop.set()
             self._thread.join()
-            self._sample()
-            assert self._peak is not None and self._start is not None
+            self.sample()
             self.nbytes, self.kind = self._peak - self._start, "process, without mapped files"
 
-    def _sample(self) -> None:
-        now = anonymous_nbytes()
-        if now is not None and self._peak is not None:
-            self._peak = max(self._peak, now)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self.interval):
-            self._sample()
+    def sample(self) -> None:
+        """Look at the memory now."""
+        self._peak = max(self._peak, anonymous_nbytes() or 0)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -79,3 +76,12 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _watch(owner: weakref.ref[PeakMemory], stop: threading.Event, interval: float) -> None:
+    while not stop.wait(interval):
+        measuring = owner()
+        if measuring is None:
+            return
+        measuring.sample()
+        del measuring

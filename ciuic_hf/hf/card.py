@@ -14,7 +14,7 @@ tags:
 
 # {title}
 
-{origin} compressed with [Ciuic](https://pypi.org/project/ciuic-hf/): {bits:.2f} bits per weight with everything
+{origin} compressed with Ciuic: {bits:.2f} bits per weight with everything
 counted, {after} instead of {before}.
 
 ```python

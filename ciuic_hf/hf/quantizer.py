@@ -47,7 +47,7 @@ class CiuicQuantizer(HfQuantizer):
         self.fp8_block = fp8.block_size(source) if source is not None else None
         self.codec_ids: dict[str, Tensor] = {}
         self._started = time.perf_counter()
-        self._peak = PeakMemory()
+        self._peak: PeakMemory | None = None  # while loading; it holds a lock, which deepcopy refuses
 
     def _process_model_before_weight_loading(
         self,
@@ -72,7 +72,7 @@ class CiuicQuantizer(HfQuantizer):
             module.__dict__["_is_hf_initialized"] = True  # else offloaded arenas would be given random values
         if not self.pre_quantized:
             self._read_as_stored(model)
-        self._peak.start()
+        self._peak = PeakMemory().start()
 
     def _choose(self, model: Any, config: CiuicConfig) -> None:
         """Decide what every parameter becomes and write it into the config."""
@@ -103,7 +103,9 @@ class CiuicQuantizer(HfQuantizer):
         return self.quantization_config.parameters.items()
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        self._peak.stop()
+        peak, self._peak = self._peak, None
+        assert peak is not None
+        peak.stop()
         model.__dict__.pop("_get_dtype_plan", None)
         # Ours cannot be reversed and must not be: a compressed model is saved under its own names.
         model._weight_conversions = [
@@ -117,7 +119,7 @@ class CiuicQuantizer(HfQuantizer):
                 raise CiuicError(f"{name}: {error}") from None
         report = build_report(model, self.quantization_config)
         report.seconds = time.perf_counter() - self._started
-        report.peak_nbytes, report.peak_of = self._peak.nbytes, self._peak.kind
+        report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
         model.ciuic_report = report
         if logging.is_progress_bar_enabled():
             Console(stderr=True).print(report)

@@ -7,6 +7,7 @@ is pointed at a new directory, which takes the place of the old one by renaming 
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -106,10 +107,14 @@ def install() -> None:
 
     @wraps(original_save)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        writes = not args and kwargs.get("is_main_process", True) and not Path(save_directory).is_file()
+        given = inspect.signature(original_save).bind_partial(self, save_directory, *args, **kwargs).arguments
+        writes = given.get("is_main_process", True) and not Path(save_directory).is_file()
         if not is_compressed(self) or not writes or getattr(self, "_hf_peft_config_loaded", False):
             return original_save(self, save_directory, *args, **kwargs)
-        return _save(original_save, self, save_directory, **kwargs)
+        options = {
+            name: value for name, value in given.items() if name not in ("self", "save_directory", "kwargs")
+        }
+        return _save(original_save, self, save_directory, **options, **given.get("kwargs", {}))
 
     @wraps(original_upload)
     def _upload_modified_files(

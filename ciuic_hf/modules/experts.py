@@ -55,7 +55,7 @@ class CiuicExperts(PackedModule):
         return ops.expert_linear(x, expert_ids, arena, tags, self.offsets(name), self.packed_shapes[name][1])
 
     def dense_class(self) -> type[nn.Module]:
-        return type(self).__mro__[2]
+        return type(self).__bases__[1]
 
     def extra_repr(self) -> str:
         return self.packed_repr()

@@ -6,7 +6,7 @@ else has to be edited for encoding, decoding, planning, reports and conformance 
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -54,7 +54,10 @@ _BY_ID: dict[int, Codec] = {}
 _BY_NAME: dict[str, Codec] = {}
 
 
-def register_codec(codec: Codec) -> Codec:
+AnyCodec = TypeVar("AnyCodec", bound=Codec)
+
+
+def register_codec(codec: AnyCodec) -> AnyCodec:
     """Make a codec known. Raises ValueError when its id or name is taken."""
     if codec.id in _BY_ID or codec.name in _BY_NAME:
         raise ValueError(f"Codec id {codec.id} or name {codec.name!r} is registered twice.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -24,13 +26,16 @@ class FormatError(ValueError):
 
 def record_size_table(grid: BlockGrid) -> Tensor:
     """int64 ``[256, 2, 2]``: aligned record bytes by codec id, last strip or not, last kblock or not; -1 = unknown."""
-    table = torch.full((256, 2, 2), -1, dtype=torch.int64)
-    rows = (BLOCK_ROWS, grid.strip_rows(grid.strips - 1))
-    cols = (BLOCK_COLS, grid.block_cols(grid.kblocks - 1))
+    return _size_table(grid.strip_rows(grid.strips - 1), grid.block_cols(grid.kblocks - 1))
+
+
+@lru_cache(maxsize=256)
+def _size_table(last_rows: int, last_cols: int) -> Tensor:
+    table = torch.full((256, 2, 2), -1, dtype=torch.int64, device="cpu")
     for codec in all_codecs():
-        for i in range(2):
-            for j in range(2):
-                table[codec.id, i, j] = aligned(codec.record_nbytes(rows[i], cols[j]))
+        for i, rows in enumerate((BLOCK_ROWS, last_rows)):
+            for j, cols in enumerate((BLOCK_COLS, last_cols)):
+                table[codec.id, i, j] = aligned(codec.record_nbytes(rows, cols))
     return table
 
 

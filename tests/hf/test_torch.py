@@ -110,7 +110,7 @@ def test_lora_trains_and_starts_where_the_model_is(
     model = load(saved("v3_fp8"), dtype=torch.float32)
     logits = model(ids).logits.detach()
     before = copy.deepcopy(arenas(model))
-    config = peft.LoraConfig(r=4, target_modules=["q_b_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, target_modules=["q_b_proj", "o_proj", "lm_head"], task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, config)
     assert isinstance(wrapped.base_model.model.model.layers[0].self_attn.o_proj.base_layer, CiuicLinear)
     assert torch.equal(wrapped(ids).logits, logits)

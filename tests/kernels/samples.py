@@ -78,7 +78,7 @@ def mixed_ids(shape: tuple[int, ...], seed: int, without: tuple[str, ...] = ()) 
     return choice[torch.randint(len(choice), places, generator=generator(seed))]
 
 
-def codecs_for(dtype: torch.dtype) -> tuple[str, ...]:
+def refusing(dtype: torch.dtype) -> tuple[str, ...]:
     """Names of the codecs that do not take weights of this dtype, for ``mixed_ids(without=...)``."""
     return () if dtype == torch.float16 else ("raw_fp16",)
 

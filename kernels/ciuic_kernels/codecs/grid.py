@@ -131,7 +131,8 @@ class GridCodec:
     def encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         batch, _, cols = blocks.shape
         groups = ceil_div(cols, self.group)
-        padded = torch.nn.functional.pad(blocks, (0, groups * self.group - cols))
+        # contiguous: bucketize() copies and warns otherwise
+        padded = torch.nn.functional.pad(blocks, (0, groups * self.group - cols)).contiguous()
         weights = padded.unflatten(-1, (groups, self.group))
         smallest, negative, exponents = self._anchor(weights)
         scales, codes = self._search(weights, smallest, negative, exponents)

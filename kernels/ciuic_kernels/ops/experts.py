@@ -22,6 +22,8 @@ def _routed(expert_ids: Tensor, experts: int) -> list[tuple[int, list[int]]]:
     """``(expert, rows)`` for every expert that has rows; an id of ``experts`` or more means no expert."""
     rows: dict[int, list[int]] = {}
     for row, expert in enumerate(expert_ids.reshape(-1).tolist()):
+        if expert < 0:
+            raise IndexError(f"Expert ids must not be negative, got {expert}.")
         if expert < experts:
             rows.setdefault(expert, []).append(row)
     return sorted(rows.items())
