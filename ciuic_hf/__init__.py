@@ -10,7 +10,6 @@ Importing this package registers the ``ciuic`` quantization method with transfor
 
 from ciuic_hf.errors import CiuicError as CiuicError
 from ciuic_hf.hf import merge as _merge
-from ciuic_hf.hf import saving as _saving
 from ciuic_hf.hf.config import CiuicConfig as CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer as CiuicQuantizer
 from ciuic_hf.modules.embedding import CiuicEmbedding as CiuicEmbedding
@@ -21,4 +20,3 @@ from ciuic_hf.report import Report as Report
 __version__ = "0.1.0"
 
 _merge.install()
-_saving.install()

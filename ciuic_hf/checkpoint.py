@@ -42,8 +42,8 @@ def read_header(path: Path) -> list[TensorHeader]:
         if not 0 < length <= min(MAX_HEADER_NBYTES, size - 8):
             raise CiuicError(f"{path} is truncated or not a safetensors file; download or copy it again.")
         try:
-            header = json.loads(file.read(length))
-        except ValueError:
+            header = dict(json.loads(file.read(length)))
+        except (TypeError, ValueError):
             raise CiuicError(f"{path} has a damaged safetensors header; download or copy it again.") from None
     header.pop("__metadata__", None)
     tensors = [_tensor(name, entry, path) for name, entry in header.items()]

@@ -49,7 +49,7 @@ class CiuicConfig(QuantizationConfigMixin):
             )
         if quant_method != METHOD:
             raise CiuicError(f"quant_method of a CiuicConfig is {METHOD!r}, got {quant_method!r}.")
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
             raise CiuicError(
                 f"This checkpoint has format version {format_version}, this ciuic_hf reads up to {FORMAT_VERSION}; "
                 "upgrade ciuic-hf."

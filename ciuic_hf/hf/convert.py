@@ -92,7 +92,7 @@ class WeightEncoder(WeightConverter):
         self.block = block
 
     def convert(
-        self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **_: Any
+        self, layer_name: str, model: Any = None, hf_quantizer: Any = None, loading_info: Any = None, **_: Any
     ) -> dict[str, Tensor]:
         reads = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
         if WEIGHT_PATTERN not in reads:
@@ -107,7 +107,7 @@ class WeightEncoder(WeightConverter):
             return {layer_name: _dense(layer_name, weight, scale, self.block, dtype)}
         encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
         encoder.add(0, weight, _required(layer_name, weight, scale, self.block))
-        return encoder.finish()
+        return _with_ties(model, encoder.finish(), loading_info)
 
 
 class ExpertsEncoder(WeightConverter):
@@ -267,6 +267,13 @@ def streaming_conversions(
             updated.append(ResultEncoder.wrap(conversion))
     fused = [FusedEncoder(parameter) for parameter in sorted(expert_parameters)]
     return [*updated, *fused, WeightEncoder(block)]
+
+
+def _with_ties(model: Any, results: dict[str, Tensor], loading_info: Any) -> dict[str, Tensor]:
+    """The results under the names tied to theirs too, unless the file has those: on disk they need a place."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    absent = {name: source for name, source in ties.items() if name in loading_info.missing_keys}
+    return results | {name: results[source] for name, source in absent.items() if source in results}
 
 
 def _copy_scope(source: Any, target: Any) -> None:

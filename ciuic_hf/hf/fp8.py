@@ -54,8 +54,11 @@ def check_scales(name: str, weight: Tensor, scale: Tensor, block: Block) -> None
 def dequantize_rows(weight: Tensor, scales: Tensor, block: Block, first: int, last: int) -> Tensor:
     """Rows ``[first, last)`` as float32 ``[rows, K]``; ``scales`` is float32 ``[ceil(N / b0), ceil(K / b1)]``."""
     rows = torch.arange(first, last, device=weight.device) // block[0]
-    per_row = scales[rows].repeat_interleave(block[1], dim=1)[:, : weight.shape[1]]
-    return weight[first:last].to(torch.float32) * per_row
+    per_row, whole = scales[rows], weight.shape[1] // block[1]
+    dense = weight[first:last].to(torch.float32)  # multiplied in place: this is what a load takes at its peak
+    dense[:, : whole * block[1]].unflatten(1, (whole, block[1])).mul_(per_row[:, :whole, None])
+    dense[:, whole * block[1] :].mul_(per_row[:, whole:])
+    return dense
 
 
 def row_chunks(weight: Tensor, scales: Tensor, block: Block) -> Iterator[tuple[int, Tensor]]:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ciuic_hf.checkpoint import TensorHeader, check_files
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.hf import fp8
+from ciuic_hf.hf import fp8, saving
 from ciuic_hf.hf.config import METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
 from ciuic_hf.hf.reporting import build_report
@@ -38,6 +38,7 @@ class CiuicQuantizer(HfQuantizer):
     """
 
     def __init__(self, quantization_config: CiuicConfig, **kwargs: Any) -> None:
+        saving.install()
         config = copy.deepcopy(quantization_config)  # one CiuicConfig can serve many loads
         super().__init__(config, **kwargs)
         source = config.source_quantization
@@ -68,6 +69,7 @@ class CiuicQuantizer(HfQuantizer):
         swap_in(model, entries, dtype or torch.get_default_dtype())
         _tie_tags(model)
         model._adjust_bias = _leave_bias
+        self._refuse_missing(model)
         for _name, module in compressed_modules(model):
             module.__dict__["_is_hf_initialized"] = True  # else offloaded arenas would be given random values
         if not self.pre_quantized:
@@ -93,6 +95,24 @@ class CiuicQuantizer(HfQuantizer):
         plan = dict.fromkeys(_name_patterns(verbatim, [name for name, _ in model.named_parameters()]))
         model._get_dtype_plan = lambda dtype: plan_of_model(dtype) | plan
 
+    def _refuse_missing(self, model: Any) -> None:
+        """Have the load fail for a compressed weight that no file holds: it would be left uninitialised."""
+        move = model._move_missing_keys_from_meta_to_device
+        way_out = 'or keep it out of the compression with modules={{"{0}": "raw"}} to start it untrained'
+
+        def move_missing_keys(missing_keys: set[str], *args: Any, **kwargs: Any) -> Any:
+            ties: dict[str, str] = model.all_tied_weights_keys
+            tied = ties.keys() | {source for name, source in ties.items() if name not in missing_keys}
+            for name in self.quantization_config.parameters:
+                for absent in {name, name + TAGS} & (set(missing_keys) - tied):
+                    raise CiuicError(
+                        f"{absent} is missing from the files of this checkpoint; download them again"
+                        + ("." if self.pre_quantized else f", {way_out.format(name)}.")
+                    )
+            return move(missing_keys, *args, **kwargs)
+
+        model._move_missing_keys_from_meta_to_device = move_missing_keys
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         if self.pre_quantized:
             return weight_conversions
@@ -107,6 +127,7 @@ class CiuicQuantizer(HfQuantizer):
         assert peak is not None
         peak.stop()
         model.__dict__.pop("_get_dtype_plan", None)
+        model.__dict__.pop("_move_missing_keys_from_meta_to_device", None)
         # Ours cannot be reversed and must not be: a compressed model is saved under its own names.
         model._weight_conversions = [
             c for c in model._weight_conversions or [] if not isinstance(c, ENCODERS)

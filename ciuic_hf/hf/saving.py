@@ -17,8 +17,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.card import model_card
 from ciuic_hf.hf.config import CiuicConfig
@@ -99,7 +97,12 @@ def write_card(model: Any, directory: Path, repository: str) -> None:
 
 
 def install() -> None:
-    """Wrap saving and uploading of ``PreTrainedModel`` once; models that are not Ciuic's take the original path."""
+    """Wrap saving and uploading of ``PreTrainedModel`` once; models that are not Ciuic's take the original path.
+
+    Called when the first quantizer is made: importing ``PreTrainedModel`` earlier would make ``import ciuic_hf`` slow.
+    """
+    from transformers import PreTrainedModel
+
     original_save = PreTrainedModel.save_pretrained
     original_upload = PreTrainedModel._upload_modified_files
     if getattr(original_save, "wrapped_by_ciuic", False):

@@ -133,7 +133,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 def read_files(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint as it is stored."""
-    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()
+    }
 
 
 def _dequantized(weight: Tensor, scale: Tensor, block: list[int]) -> Tensor:
@@ -188,7 +190,11 @@ def load() -> Callable[..., PreTrainedModel]:
     """``load(path, bits, modules=..., cls=AutoModelForCausalLM, **from_pretrained)``; no bits: no CiuicConfig."""
 
     def _load(
-        path: Path, bits: float | None = None, modules: Any = None, cls: Any = AutoModelForCausalLM, **kwargs: Any
+        path: Path,
+        bits: float | None = None,
+        modules: Any = None,
+        cls: Any = AutoModelForCausalLM,
+        **kwargs: Any,
     ) -> Any:
         if bits is not None:
             kwargs["quantization_config"] = ciuic_hf.CiuicConfig(bits=bits, modules=modules)
@@ -225,7 +231,11 @@ def table_or(bits: float) -> Callable[[str], float]:
     """The setting of each parameter when nothing but ``bits`` is asked for."""
 
     def setting(name: str) -> float:
-        return TABLE_BITS if re.search(r"embed_tokens|embed_in|word_embed|lm_head|embed_out|decoder", name) else bits
+        return (
+            TABLE_BITS
+            if re.search(r"embed_tokens|embed_in|word_embed|lm_head|embed_out|decoder", name)
+            else bits
+        )
 
     return setting
 

@@ -24,7 +24,9 @@ def test_bits_of_large_matrices_are_within_one_percent(
 
 
 @pytest.mark.parametrize("bits", [1.0, 2.0, 4.25, 16.0])
-def test_no_matrix_is_over_its_bits(bits: float, checkpoint: Callable[[str], Path], load: Callable[..., Any]) -> None:
+def test_no_matrix_is_over_its_bits(
+    bits: float, checkpoint: Callable[[str], Path], load: Callable[..., Any]
+) -> None:
     report = load(checkpoint("v3_fp8"), bits).ciuic_report
     for parameter in report.compressed:
         limit = 8 if parameter.role in ("embeddings", "lm_head") else bits
@@ -61,7 +63,9 @@ def test_report_explains_itself(checkpoint: Callable[[str], Path], load: Callabl
 
 
 @pytest.mark.parametrize("family", ["v3_bf16", "v3_fp8"])
-def test_sixteen_bits_lose_nothing(family: str, checkpoint: Callable[[str], Path], load: Callable[..., Any]) -> None:
+def test_sixteen_bits_lose_nothing(
+    family: str, checkpoint: Callable[[str], Path], load: Callable[..., Any]
+) -> None:
     """At 16 bits weights stay as they are; FP8 becomes the model's dtype."""
     tables = {"embeddings": "raw", "lm_head": "raw"}
     model = load(checkpoint(family), 16.0, tables)

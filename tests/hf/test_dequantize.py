@@ -79,7 +79,9 @@ def test_tied_weights_stay_tied(saved: Callable[[str], Path], load: Callable[...
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
 
 
-def test_offloaded_models_say_what_to_do(saved: Callable[[str], Path], load: Callable[..., Any], tmp_path: Path) -> None:
+def test_offloaded_models_say_what_to_do(
+    saved: Callable[[str], Path], load: Callable[..., Any], tmp_path: Path
+) -> None:
     device_map = {"model": "cpu", "lm_head": "disk"}
     model = load(saved("v3_bf16"), device_map=device_map, offload_folder=tmp_path)
     with pytest.raises(CiuicError, match="without offloading"):

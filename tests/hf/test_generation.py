@@ -89,7 +89,9 @@ def test_every_cache_gives_the_tokens_of_the_dequantized_model(
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
-def test_sampling_is_repeatable(saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor) -> None:
+def test_sampling_is_repeatable(
+    saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor
+) -> None:
     model = load(saved("v3_fp8"))
     tokens = []
     for seed in (1, 1, 2):
@@ -98,7 +100,9 @@ def test_sampling_is_repeatable(saved: Callable[[str], Path], load: Callable[...
     assert torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0], tokens[2])
 
 
-def test_a_batch_with_padding(saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor) -> None:
+def test_a_batch_with_padding(
+    saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor
+) -> None:
     model = load(saved("v3_bf16"), dtype=torch.float32)
     alone = model(ids[:1, :5]).logits[:, -1]
     padded = torch.ones(2, 8, dtype=torch.long)

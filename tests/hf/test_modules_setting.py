@@ -23,7 +23,14 @@ def bits(model: Any) -> dict[str, float]:
 
 
 def test_roles(checkpoint: Callable[[str], Path], load: Callable[..., Any]) -> None:
-    settings = {"attention": 6, "mlp": 5, "shared_experts": 4, "experts": 3, "embeddings": 10, "lm_head": "raw"}
+    settings = {
+        "attention": 6,
+        "mlp": 5,
+        "shared_experts": 4,
+        "experts": 3,
+        "embeddings": 10,
+        "lm_head": "raw",
+    }
     model = load(checkpoint("v3_bf16"), 2.5, settings)
     found = bits(model)
     for name, upper in (
@@ -82,7 +89,9 @@ def test_a_codec_by_name_takes_every_block(
     source_of: Callable[[Path], Any],
     assert_encoded: Callable[..., None],
 ) -> None:
-    model = load(checkpoint("v3_fused"), 4, dict.fromkeys(("linear", "experts", "embeddings", "lm_head"), codec))
+    model = load(
+        checkpoint("v3_fused"), 4, dict.fromkeys(("linear", "experts", "embeddings", "lm_head"), codec)
+    )
     assert all(set(p.codecs) == {codec} for p in model.ciuic_report.compressed)
     assert_encoded(model, source_of(checkpoint("v3_fused")), lambda _: codec)
 
@@ -122,6 +131,21 @@ def test_tied_tables_are_compressed_together(
     assert model.lm_head.weight_tags is model.model.embed_tokens.weight_tags
     (table,) = (p for p in model.ciuic_report.compressed if p.role in ("embeddings", "lm_head"))
     assert (4 < table.bits_per_weight <= 5) if settings else (7 < table.bits_per_weight <= 8)
+
+
+def test_tables_that_only_the_config_ties_stay_two(
+    checkpoint: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Such as fine-tuned models whose files hold another lm_head: transformers does not tie those."""
+    untied = load(checkpoint("llama_untied"))
+    untied.config.tie_word_embeddings = True
+    untied.save_pretrained(tmp_path / "dense")
+    model, expected = load(tmp_path / "dense", 4), load(checkpoint("llama_untied"), 4)
+    for one in (model, expected):
+        assert one.lm_head.weight is not one.model.embed_tokens.weight
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    model.save_pretrained(tmp_path / "compressed")
+    assert torch.equal(load(tmp_path / "compressed")(ids).logits, expected(ids).logits)
 
 
 @pytest.mark.parametrize("role", ["embeddings", "lm_head"])

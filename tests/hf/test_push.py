@@ -61,7 +61,9 @@ def test_save_pretrained_with_push(
     assert {entry.name for entry in tmp_path.iterdir()} == {"small-model"}
 
 
-def test_card_of_a_saved_model(saved: Callable[[str], Path], load: Callable[..., Any], tmp_path: Path) -> None:
+def test_card_of_a_saved_model(
+    saved: Callable[[str], Path], load: Callable[..., Any], tmp_path: Path
+) -> None:
     load(saved("qwen2_tied")).save_pretrained(tmp_path / "tiny")
     card = (tmp_path / "tiny" / "README.md").read_text()
     assert "AutoModelForCausalLM" in card and "| embeddings | 1 |" in card and str(tmp_path) not in card

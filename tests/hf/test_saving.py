@@ -129,7 +129,9 @@ def test_without_ciuic_the_load_fails(saved: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("class_name", ["AutoModelForCausalLM", "DeepseekV3Model"])
-def test_other_classes_of_the_model(class_name: str, saved: Callable[[str], Path], load: Callable[..., Any]) -> None:
+def test_other_classes_of_the_model(
+    class_name: str, saved: Callable[[str], Path], load: Callable[..., Any]
+) -> None:
     """A base model loads from the checkpoint of the whole, or says why not."""
     import transformers
 

@@ -57,7 +57,10 @@ def test_a_crash_leaves_the_previous_checkpoint(
 
 
 def test_a_crash_of_a_first_save_leaves_nothing(
-    tmp_path: Path, checkpoint: Callable[[str], Path], load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    checkpoint: Callable[[str], Path],
+    load: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = load(checkpoint("v3_bf16"), 6)
     crash_after(monkeypatch, 1)

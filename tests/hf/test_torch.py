@@ -41,7 +41,9 @@ def test_to_dtype(
     assert (logits.float() - reference).norm() / reference.norm() < 0.02
 
 
-def test_to_device(saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor, device: Any) -> None:
+def test_to_device(
+    saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor, device: Any
+) -> None:
     model = load(saved("v3_fp8"))
     expected = model(ids).logits
     moved = model.to(device)
@@ -50,7 +52,9 @@ def test_to_device(saved: Callable[[str], Path], load: Callable[..., Any], ids: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_deepcopy(family: str, saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor) -> None:
+def test_deepcopy(
+    family: str, saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor
+) -> None:
     model = load(saved(family))
     twin = copy.deepcopy(model)
     logits = model(ids).logits
@@ -89,7 +93,11 @@ def test_compile_whole_graph(
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_gradient_of_the_input(
-    dtype: torch.dtype, bound: float, saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor
+    dtype: torch.dtype,
+    bound: float,
+    saved: Callable[[str], Path],
+    load: Callable[..., Any],
+    ids: torch.Tensor,
 ) -> None:
     for family in FAMILIES:
         model = load(saved(family), dtype=dtype)
@@ -110,7 +118,7 @@ def test_lora_trains_and_starts_where_the_model_is(
     model = load(saved("v3_fp8"), dtype=torch.float32)
     logits = model(ids).logits.detach()
     before = copy.deepcopy(arenas(model))
-    config = peft.LoraConfig(r=4, target_modules=["q_b_proj", "o_proj", "lm_head"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, target_modules=["q_b_proj", "o_proj", "kv_b_proj"], task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, config)
     assert isinstance(wrapped.base_model.model.model.layers[0].self_attn.o_proj.base_layer, CiuicLinear)
     assert torch.equal(wrapped(ids).logits, logits)

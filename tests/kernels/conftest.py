@@ -1,13 +1,23 @@
-"""The two implementations as fixtures."""
+"""The two implementations as fixtures, and one thread for everything that is small."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from ciuic_kernels.cpu import native
 from tests.kernels.samples import IMPLEMENTATIONS, implementation
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Torch's threads cost more than they save on single blocks, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

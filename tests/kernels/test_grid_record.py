@@ -29,7 +29,9 @@ def read_code(record: bytes, codec: GridCodec, rows: int, cols: int, row: int, c
     return code
 
 
-def read_scale(record: bytes, exponent: int, codec: GridCodec, rows: int, cols: int, row: int, col: int) -> float:
+def read_scale(
+    record: bytes, exponent: int, codec: GridCodec, rows: int, cols: int, row: int, col: int
+) -> float:
     groups = -(-cols // codec.group)
     byte = record[len(record) - rows * groups + row * groups + col // codec.group]
     sign, e, m = byte >> 7, byte >> 4 & 7, byte & 15

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from ciuic_kernels import BlockGrid, codec_by_name
 from ciuic_kernels.packing import NotFiniteError, allocate, encode_matrix, encode_tensor
-from tests.kernels.samples import DTYPES, IMPLEMENTATIONS, implementation, mixed_ids, refusing, shapes, weights
+from tests.kernels.samples import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    implementation,
+    mixed_ids,
+    refusing,
+    shapes,
+    weights,
+)
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 

@@ -33,7 +33,9 @@ def test_rows_in_chunks(name: str, rows: int, cols: int, strips: int, seed: int)
 
 @each_implementation
 @settings(max_examples=15)
-@given(experts=st.integers(1, 4), rows=st.integers(1, 100), cols=st.integers(1, 200), seed=st.integers(0, 999))
+@given(
+    experts=st.integers(1, 4), rows=st.integers(1, 100), cols=st.integers(1, 200), seed=st.integers(0, 999)
+)
 def test_expert_by_expert(name: str, experts: int, rows: int, cols: int, seed: int) -> None:
     shape = (experts, rows, cols)
     source, ids = weights(shape, seed, dtype=torch.float16), mixed_ids(shape, seed)

@@ -14,7 +14,9 @@ from tests.kernels.samples import generator
 WIDTHS = sorted({width for planes in PLANES.values() for width in planes})
 
 
-@given(width=st.sampled_from(WIDTHS), rows=st.integers(1, 4), cols=st.integers(1, 128), seed=st.integers(0, 999))
+@given(
+    width=st.sampled_from(WIDTHS), rows=st.integers(1, 4), cols=st.integers(1, 128), seed=st.integers(0, 999)
+)
 def test_round_trip(width: int, rows: int, cols: int, seed: int) -> None:
     codes = torch.randint(1 << width, (rows, cols), dtype=torch.uint8, generator=generator(seed))
     packed = pack_plane(codes, width)

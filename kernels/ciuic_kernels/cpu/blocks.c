@@ -31,7 +31,7 @@ typedef uint8_t u8v __attribute__((vector_size(16), aligned(1), may_alias));
 /* One width of the grid family; filled by native.py from codecs/grid.py. */
 struct grid {
     float levels[256];  /* value of each code at scale 1, repeated to the end, so that bits above a code do no harm */
-    float inverse[8];   /* odd polynomial y -> code + 1/2, see guess16(); k - 1 terms */
+    float inverse[8];   /* odd polynomial y -> code + 1/2, see guess16(); k terms */
     float first, last;  /* the outermost thresholds */
     float curve;
     int32_t offsets[8]; /* scale candidates */
@@ -85,12 +85,12 @@ static int64_t record_nbytes(int id, int64_t rows, int64_t cols) {
 #define INLINE static inline __attribute__((always_inline)) /* constant arguments must reach the loops inside */
 
 INLINE f32v load(const float *p) { return *(const f32v *)p; }
-INLINE f32v splat(float f) { return (f32v){} + f; }
+INLINE f32v splat(float f) { return f - (f32v){}; } /* + would cost an addition: -0 + 0 is 0 */
 
 /* Bits of a where mask is set, of b elsewhere. */
 INLINE i32v blend_bits(i32v mask, i32v a, i32v b) {
 #ifdef __AVX512F__
-    return (i32v)_mm512_ternarylogic_epi32((__m512i)mask, (__m512i)a, (__m512i)b, 0xCA);
+    return (i32v)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)mask, (__m512i)b, 0xE2);
 #else
     return (a & mask) | (b & ~mask);
 #endif
@@ -157,7 +157,7 @@ INLINE void store(void *out, int dtype, int64_t at, f32v v) {
 #endif
 }
 
-/* a * b + c, rounded once where the processor can: for sums and guesses, never for values of the format. */
+/* a * b + c, rounded once or twice: for values of the format only where the product is exact. */
 INLINE f32v multiply_add(f32v a, f32v b, f32v c) {
 #if defined(__AVX512F__)
     return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -188,10 +188,12 @@ INLINE float maximum(f32v v) {
 #endif
 }
 
+/* The formula of codecs/grid.py with u = 2^(k-1) t. The curve is a multiple of 1/32 and k at most 8, so everything
+ * but the last product is exact, and the constants and the multiply-add change no rounding. */
 INLINE f32v formula16(i32v q, int k, const struct grid *g) {
-    float half = (float)(1 << (k - 1));
-    f32v t = (__builtin_convertvector(q, f32v) - half) * (1.0f / half);
-    return t * ((1.0f - g->curve) + g->curve * (t * t));
+    const float half = (float)(1 << (k - 1));
+    f32v u = __builtin_convertvector(q, f32v) - half;
+    return u * multiply_add(u * u, splat(g->curve / (half * half * half)), splat((1.0f - g->curve) / half));
 }
 
 /* Levels of 16 codes. Bits above the codes are ignored, so that codes16() need not clear them. */
@@ -206,14 +208,8 @@ INLINE f32v levels16(i32v q, int k, const struct grid *g) {
                                           _mm512_permutex2var_ps(TABLE(2), (__m512i)q, TABLE(3)));
 #undef TABLE
 #endif
-    return formula16(q & ((1 << k) - 1), k, g);
-}
-
-/* The same for products, which may round differently: one operation less for each constant. */
-INLINE f32v levels16_rounded(i32v q, int k, const struct grid *g) {
-    if (k < 8) return levels16(q, k, g);
-    f32v u = __builtin_convertvector(q, f32v) - 128.0f;
-    return u * multiply_add(u * u, splat(g->curve * 0x1p-21f), splat((1.0f - g->curve) * 0x1p-7f));
+    if (k < 8) q &= (1 << k) - 1; /* bytes have nothing above them */
+    return formula16(q, k, g);
 }
 
 /* A plane of p bits keeps cols * p / 8 bytes a row and column j * bytes + w in bits [j p, (j + 1) p) of byte w.
@@ -251,19 +247,30 @@ INLINE struct row row_of(const uint8_t *record, int k, int64_t rows, int64_t col
     return (struct row){record + r * low_bytes, high + r * high_bytes, scales + r * ceil_div(cols, group)};
 }
 
+/* The same for the row after it. */
+INLINE struct row row_after(struct row row, int k, int64_t cols) {
+    const int b = low_plane(k);
+    return (struct row){row.low + plane_bytes(cols, b), row.high + plane_bytes(cols, k - b), row.scales};
+}
+
+/* A loop that compilers vectorise, unlike the same arithmetic inside the loops over rows. */
+INLINE void decode_scales(const uint8_t *bytes, uint8_t exponent, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i++) out[i] = scale_value(bytes[i], exponent);
+}
+
 /* Rows first .. first + count of a block to out, in float32 or bfloat16; the next two functions too. */
 INLINE void decode_even(const uint8_t *record, uint8_t exponent, int64_t rows, int k, int cols, int group,
                         int64_t first, int64_t count, const struct grid *g, int dtype, void *out, int64_t at,
                         int64_t stride) {
-    for (int64_t r = first; r < first + count; r++, at += stride) {
-        struct row row = row_of(record, k, rows, cols, group, r);
-#pragma GCC unroll 4
-        for (int n = 0; n < cols / group; n++) {
-            f32v scale = splat(scale_value(row.scales[n], exponent));
-#pragma GCC unroll 4
-            for (int j = n * group / LANES; j < (n + 1) * group / LANES; j++)
-                store(out, dtype, at + LANES * j, scale * levels16(codes16(row.low, row.high, k, cols, j), k, g));
-        }
+    const int groups = cols / group;
+    struct row row = row_of(record, k, rows, cols, group, first);
+    float scales[ROWS * COLS / 32];
+    decode_scales(row.scales, exponent, count * groups, scales);
+    for (int64_t r = 0; r < count; r++, at += stride, row = row_after(row, k, cols)) {
+#pragma GCC unroll 8
+        for (int j = 0; j < cols / LANES; j++)
+            store(out, dtype, at + LANES * j,
+                  splat(scales[r * groups + LANES * j / group]) * levels16(codes16(row.low, row.high, k, cols, j), k, g));
     }
 }
 
@@ -383,47 +390,52 @@ void ciuic_gather(const uint8_t *arena, const uint8_t *tags, const int64_t *stri
  * short when tokens are many, so that the sums stay in the first-level cache. */
 enum { BAND_SUMS = 256 };
 
-/* sums[r - first] += row r . x, for one token. */
+/* sums[r] += row first + r . x, for one token. */
 INLINE void product_one(const uint8_t *record, uint8_t exponent, int64_t rows, int k, int cols, int group,
                         int64_t first, int64_t count, const struct grid *g, const float *x, f32v *sums) {
-    for (int64_t r = first; r < first + count; r++) {
-        struct row row = row_of(record, k, rows, cols, group, r);
-        f32v total = sums[r - first];
+    const int groups = cols / group;
+    struct row row = row_of(record, k, rows, cols, group, first);
+    float scales[ROWS * COLS / 32];
+    decode_scales(row.scales, exponent, count * groups, scales);
+    for (int64_t r = 0; r < count; r++, row = row_after(row, k, cols)) {
+        f32v total = sums[r];
 #pragma GCC unroll 4
-        for (int n = 0; n < cols / group; n++) {
+        for (int n = 0; n < groups; n++) {
             f32v part = splat(0);
 #pragma GCC unroll 4
             for (int j = n * group / LANES; j < (n + 1) * group / LANES; j++)
-                part = multiply_add(levels16_rounded(codes16(row.low, row.high, k, cols, j), k, g),
+                part = multiply_add(levels16(codes16(row.low, row.high, k, cols, j), k, g),
                                     load(x + LANES * j), part);
-            total = multiply_add(splat(scale_value(row.scales[n], exponent)), part, total);
+            total = multiply_add(splat(scales[r * groups + n]), part, total);
         }
-        sums[r - first] = total;
+        sums[r] = total;
     }
 }
 
-INLINE void decode_weights(struct row row, uint8_t exponent, int k, int cols, int group, const struct grid *g,
+INLINE void decode_weights(struct row row, const float *scales, int k, int cols, int group, const struct grid *g,
                            f32v *out) {
-#pragma GCC unroll 4
-    for (int n = 0; n < cols / group; n++) {
-        f32v scale = splat(scale_value(row.scales[n], exponent));
-#pragma GCC unroll 4
-        for (int j = n * group / LANES; j < (n + 1) * group / LANES; j++)
-            out[j] = scale * levels16_rounded(codes16(row.low, row.high, k, cols, j), k, g);
-    }
+#pragma GCC unroll 8
+    for (int j = 0; j < cols / LANES; j++)
+        out[j] = splat(scales[LANES * j / group]) * levels16(codes16(row.low, row.high, k, cols, j), k, g);
 }
 
-/* sums[(r - first) * tokens + t] += row r . x[t]. Two rows stay decoded in registers while the tokens pass by, so
+/* sums[r * tokens + t] += row first + r . x[t]. Two rows stay decoded in registers while the tokens pass by, so
  * each load of x serves two multiply-adds. */
 INLINE void product_many(const uint8_t *record, uint8_t exponent, int64_t rows, int k, int cols, int group,
                          int64_t first, int64_t count, int tokens, const struct grid *g, const float *const *x,
                          int64_t at, f32v *sums) {
-    for (int64_t r = first; r < first + count; r += 2) {
-        int64_t next = min64(r + 1, first + count - 1); /* an odd last row is its own partner, and counts once */
+    const int groups = cols / group;
+    struct row row = row_of(record, k, rows, cols, group, first);
+    float scales[ROWS * COLS / 32];
+    decode_scales(row.scales, exponent, count * groups, scales);
+    for (int64_t r = 0; r < count; r += 2) {
+        int64_t second = min64(r + 1, count - 1); /* an odd last row is its own partner, and counts once */
         f32v a[COLS / LANES], b[COLS / LANES];
-        decode_weights(row_of(record, k, rows, cols, group, r), exponent, k, cols, group, g, a);
-        decode_weights(row_of(record, k, rows, cols, group, next), exponent, k, cols, group, g, b);
-        f32v *out = sums + (r - first) * tokens, *partner = sums + (next - first) * tokens;
+        decode_weights(row, scales + r * groups, k, cols, group, g, a);
+        if (second > r) row = row_after(row, k, cols);
+        decode_weights(row, scales + second * groups, k, cols, group, g, b);
+        row = row_after(row, k, cols);
+        f32v *out = sums + r * tokens, *partner = sums + second * tokens;
         for (int t = 0; t < tokens; t++) {
             f32v one = splat(0), two = splat(0), three = splat(0), four = splat(0);
 #pragma GCC unroll 4
@@ -522,7 +534,9 @@ static float *padded_float(const void *x, int dtype, int64_t count, int64_t cols
 int ciuic_products(const uint8_t *arena, const uint8_t *tags, const int64_t *strip_offsets, int64_t rows,
                    int64_t cols, const struct grid *grids, const void *x, int dtype, int64_t count, int64_t fan,
                    const int64_t *order, const int64_t *starts, const int64_t *experts, int64_t groups, void *y) {
-    int64_t strips = ceil_div(rows, ROWS), kblocks = ceil_div(cols, COLS), width = kblocks * COLS;
+    int64_t strips = ceil_div(rows, ROWS), kblocks = ceil_div(cols, COLS);
+    /* An odd multiple of 512 bytes from row to row: in steps of 4096 all would share a few sets of the cache. */
+    int64_t width = (ceil_div(kblocks - 1, 8) * 8 + 1) * COLS;
     float *padded = padded_float(x, dtype, count, cols, width);
     if (!padded) return 1;
 #pragma omp parallel for schedule(static)
@@ -544,9 +558,9 @@ int ciuic_products(const uint8_t *arena, const uint8_t *tags, const int64_t *str
  * so it can be off by almost half a code before this is wrong (native.py checks how far it is). */
 INLINE i32v guess16(f32v y, int k, const struct grid *g) {
     y = smaller(larger(y, splat(g->first)), splat(g->last));
-    f32v square = y * y, p = splat(g->inverse[k - 2]);
+    f32v square = y * y, p = splat(g->inverse[k - 1]);
 #pragma GCC unroll 8
-    for (int i = k - 3; i >= 0; i--) p = multiply_add(p, square, splat(g->inverse[i]));
+    for (int i = k - 2; i >= 0; i--) p = multiply_add(p, square, splat(g->inverse[i]));
     return __builtin_convertvector(multiply_add(p, y, splat((float)(1 << (k - 1)))), i32v);
 }
 

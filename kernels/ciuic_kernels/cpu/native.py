@@ -41,14 +41,14 @@ class _Grid(ctypes.Structure):
 
 
 def _inverse(bits: int) -> list[float]:
-    """Coefficients of y, y^3, ... (``bits - 1`` of them) that take threshold i to ``i + 1/2 - 2^(bits - 1)``.
+    """Coefficients of y, y^3, ... (``bits`` of them) that take threshold i to ``i + 1/2 - 2^(bits - 1)``.
 
     The encoder's first guess of a code. It compares with one true threshold afterwards, so the codes are exact as
-    long as the polynomial is less than 1/2 off at the thresholds; the widths of the format stay below 1/6.
+    long as the polynomial is less than 1/2 off at the thresholds; the widths of the format stay below 1/8.
     """
     bounds = thresholds(bits).double()
     targets = torch.arange(len(bounds), dtype=torch.float64, device="cpu") + 0.5 - 2 ** (bits - 1)
-    powers = bounds[:, None] ** torch.arange(1, 2 * bits - 2, 2, device="cpu")
+    powers = bounds[:, None] ** torch.arange(1, 2 * bits, 2, device="cpu")
     solution = torch.linalg.lstsq(powers, targets).solution
     assert float((powers @ solution - targets).abs().max()) < 0.4
     return solution.tolist()
@@ -60,7 +60,7 @@ def _grid_tables() -> ctypes.Array[_Grid]:
     for bits in PLANES:
         table, bounds = tables[bits], thresholds(bits)
         table.levels[:] = levels(bits).tolist() * (256 >> bits)
-        table.inverse[: bits - 1] = _inverse(bits)
+        table.inverse[:bits] = _inverse(bits)
         table.first, table.last = float(bounds[0]), float(bounds[-1])
         offsets = SCALE_OFFSETS[bits]
         table.offsets[: len(offsets)] = offsets
