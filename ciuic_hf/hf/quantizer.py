@@ -63,6 +63,7 @@ class CiuicQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers calls this with meta as the default device
             if self.pre_quantized:
                 _check_sizes(config, headers)
+                config.parameters, config.kept = (_fit(model, d) for d in (config.parameters, config.kept))
             else:
                 self._choose(model, config)
         entries = ((name, tuple(e["shape"]), e["arena_nbytes"]) for name, e in config.parameters.items())
@@ -181,6 +182,23 @@ def _tie_tags(model: Any) -> None:
     for name, source in list(model.all_tied_weights_keys.items()):
         if name in compressed and source in compressed:
             model.all_tied_weights_keys[name + TAGS] = source + TAGS
+
+
+def _fit(model: Any, by_name: dict[str, Any]) -> dict[str, Any]:
+    """Parameter names as this class has them: a base model has no head and no prefix, a model with a head has both."""
+    modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+    is_base = not hasattr(model, model.base_model_prefix)
+    fitted = {}
+    for name, entry in by_name.items():
+        module = name.rpartition(".")[0]
+        if module not in modules and is_base:
+            if not name.startswith(prefix):
+                continue  # of a head
+            name = name.removeprefix(prefix)
+        elif module not in modules and prefix + module in modules:
+            name = prefix + name
+        fitted[name] = entry
+    return fitted
 
 
 def _leave_bias(*_: Any) -> None:

@@ -37,7 +37,7 @@ def test_product(shape: tuple[int, ...], tokens: int, k: int, each_row: bool, dt
     w = operand(shape)
     ids = routing(tokens, k, shape[0])
     x = activations(tokens * k if each_row else tokens, w.cols, dtype=dtype)
-    assert_routed(ops.expert_linear(x, ids, *w.stored, w.rows), x, ids, w)
+    assert_routed(ops.expert_linear(x, ids, *w.stored, w.rows, w.cols), x, ids, w)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_routings(ids: list[list[int]], each_row: bool) -> None:
     w = operand((4, 70, 300))
     x = activations(6 if each_row else 3, w.cols)
     chosen = torch.tensor(ids)
-    assert_routed(ops.expert_linear(x, chosen, *w.stored, w.rows), x, chosen, w)
+    assert_routed(ops.expert_linear(x, chosen, *w.stored, w.rows, w.cols), x, chosen, w)
 
 
 def test_experts_with_few_and_many_rows() -> None:
@@ -65,13 +65,15 @@ def test_experts_with_few_and_many_rows() -> None:
     ids = torch.tensor([[0]] * 30 + [[1]] * 5 + [[4]] * 2 + [[3]] * 12)
     ids = ids[torch.randperm(len(ids), generator=generator(0))]
     x = activations(len(ids), w.cols)
-    assert_routed(ops.expert_linear(x, ids, *w.stored, w.rows), x, ids, w)
+    assert_routed(ops.expert_linear(x, ids, *w.stored, w.rows, w.cols), x, ids, w)
 
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_no_tokens(k: int) -> None:
     w = operand((4, 70, 300))
-    y = ops.expert_linear(activations(0, w.cols), torch.zeros(0, k, dtype=torch.int64), *w.stored, w.rows)
+    y = ops.expert_linear(
+        activations(0, w.cols), torch.zeros(0, k, dtype=torch.int64), *w.stored, w.rows, w.cols
+    )
     assert y.shape == (0, w.rows)
 
 
@@ -83,7 +85,7 @@ def test_only_routed_experts_are_read() -> None:
     arena = w.arena.clone()
     arena[int(w.offsets[strips]) : int(w.offsets[3 * strips])] = 255
     ids, x = torch.tensor([[0, 3]] * 5), activations(5, w.cols)
-    y = ops.expert_linear(x, ids, arena, w.tags, w.offsets, w.rows)
+    y = ops.expert_linear(x, ids, arena, w.tags, w.offsets, w.rows, w.cols)
     assert_routed(y, x, ids, w)
 
 
@@ -92,7 +94,7 @@ def test_only_routed_experts_are_read() -> None:
 def test_repeatable(tokens: int, dtype: torch.dtype) -> None:
     w = operand((4, 70, 300))
     ids, x = routing(tokens, 2, 5), activations(tokens, w.cols, dtype=dtype)
-    first, second = (ops.expert_linear(x, ids, *w.stored, w.rows) for _ in range(2))
+    first, second = (ops.expert_linear(x, ids, *w.stored, w.rows, w.cols) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -101,5 +103,5 @@ def test_strides(layout: str) -> None:
     w = operand((4, 70, 300))
     for tokens in (4, 50):
         ids, x = routing(tokens, 2, 5), activations(tokens, w.cols)
-        y = ops.expert_linear(arranged(x, layout), ids.t().contiguous().t(), *w.stored, w.rows)
+        y = ops.expert_linear(arranged(x, layout), ids.t().contiguous().t(), *w.stored, w.rows, w.cols)
         assert_routed(y, x, ids, w)

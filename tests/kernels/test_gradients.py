@@ -20,7 +20,7 @@ def test_linear(lead: tuple[int, ...], dtype: torch.dtype) -> None:
     x = activations(*lead, w.cols, dtype=dtype).requires_grad_()
     bias = activations(w.rows, dtype=dtype, seed=2).requires_grad_()
     grad = activations(*lead, w.rows, dtype=dtype, seed=5)
-    ops.linear(x, *w.stored, bias, w.rows).backward(grad)
+    ops.linear(x, *w.stored, bias, w.rows, w.cols).backward(grad)
     assert x.grad is not None and bias.grad is not None
     assert_product(x.grad, grad, w.dense.t())
     ones = torch.ones(1, max(1, grad.numel() // w.rows), dtype=dtype)
@@ -33,9 +33,9 @@ def test_bias_alone_and_x_alone(dtype: torch.dtype) -> None:
     w = operand((70, 300))
     x, bias = activations(4, w.cols, dtype=dtype), activations(w.rows, dtype=dtype, seed=2)
     grad = activations(4, w.rows, dtype=dtype, seed=5)
-    ops.linear(x, *w.stored, bias.requires_grad_(), w.rows).backward(grad)
+    ops.linear(x, *w.stored, bias.requires_grad_(), w.rows, w.cols).backward(grad)
     assert bias.grad is not None and x.grad is None
-    ops.linear(x.requires_grad_(), *w.stored, None, w.rows).backward(grad)
+    ops.linear(x.requires_grad_(), *w.stored, None, w.rows, w.cols).backward(grad)
     assert x.grad is not None
     assert_product(x.grad, grad, w.dense.t())
 
@@ -43,7 +43,7 @@ def test_bias_alone_and_x_alone(dtype: torch.dtype) -> None:
 def test_bias_of_another_dtype() -> None:
     w = operand((70, 300))
     x, bias = activations(4, w.cols, dtype=torch.bfloat16), activations(w.rows).requires_grad_()
-    ops.linear(x, *w.stored, bias, w.rows).sum().backward()
+    ops.linear(x, *w.stored, bias, w.rows, w.cols).sum().backward()
     assert bias.grad is not None and bias.grad.dtype == torch.float32
     assert torch.equal(bias.grad, torch.full_like(bias, 4.0))
 
@@ -58,7 +58,7 @@ def test_experts(tokens: int, k: int, each_row: bool, dtype: torch.dtype) -> Non
     ids = torch.randint(5, (tokens, k), generator=generator(3))
     x = activations(tokens * k if each_row else tokens, w.cols, dtype=dtype).requires_grad_()
     grad = activations(tokens * k, w.rows, dtype=dtype, seed=5)
-    ops.expert_linear(x, ids, *w.stored, w.rows).backward(grad)
+    ops.expert_linear(x, ids, *w.stored, w.rows, w.cols).backward(grad)
     assert x.grad is not None and x.grad.dtype == dtype
     exact, bound = torch.zeros(x.shape, dtype=torch.float64), torch.zeros(x.shape, dtype=torch.float64)
     for row, expert in enumerate(ids.flatten().tolist()):
@@ -72,13 +72,13 @@ def test_experts(tokens: int, k: int, each_row: bool, dtype: torch.dtype) -> Non
 def test_no_tokens() -> None:
     w = operand((4, 70, 300))
     x = activations(0, w.cols).requires_grad_()
-    ops.expert_linear(x, torch.zeros(0, 2, dtype=torch.int64), *w.stored, w.rows).sum().backward()
+    ops.expert_linear(x, torch.zeros(0, 2, dtype=torch.int64), *w.stored, w.rows, w.cols).sum().backward()
     assert x.grad is not None and x.grad.shape == (0, w.cols)
 
 
 def test_the_compressed_weight_gets_no_gradient() -> None:
     w = operand((70, 300))
-    y = ops.linear(activations(2, w.cols).requires_grad_(), *w.stored, None, w.rows)
+    y = ops.linear(activations(2, w.cols).requires_grad_(), *w.stored, None, w.rows, w.cols)
     y.sum().backward()
     assert w.arena.grad is None and not w.arena.requires_grad
 
@@ -88,6 +88,6 @@ def test_gradients_are_repeatable() -> None:
     ids, results = torch.randint(4, (20, 3), generator=generator(3)), []
     for _ in range(2):
         x = activations(20, w.cols).requires_grad_()
-        ops.expert_linear(x, ids, *w.stored, w.rows).square().sum().backward()
+        ops.expert_linear(x, ids, *w.stored, w.rows, w.cols).square().sum().backward()
         results.append(x.grad)
     assert torch.equal(*results)

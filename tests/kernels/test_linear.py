@@ -22,8 +22,8 @@ def test_product(m: int, dtype: torch.dtype) -> None:
         w = operand(shape)
         x = activations(m, w.cols, dtype=dtype)
         bias = activations(w.rows, dtype=dtype, seed=2)
-        assert_product(ops.linear(x, *w.stored, None, w.rows), x, w.dense)
-        assert_product(ops.linear(x, *w.stored, bias, w.rows), x, w.dense, bias)
+        assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)
+        assert_product(ops.linear(x, *w.stored, bias, w.rows, w.cols), x, w.dense, bias)
 
 
 @each_dtype
@@ -31,7 +31,7 @@ def test_product(m: int, dtype: torch.dtype) -> None:
 def test_leading_dimensions(lead: tuple[int, ...], dtype: torch.dtype) -> None:
     w = operand((70, 300))
     x = activations(*lead, w.cols, dtype=dtype)
-    y = ops.linear(x, *w.stored, None, w.rows)
+    y = ops.linear(x, *w.stored, None, w.rows, w.cols)
     assert y.shape == (*lead, w.rows)
     assert_product(y, x, w.dense)
 
@@ -41,7 +41,7 @@ def test_leading_dimensions(lead: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_strides_of_x(layout: str, m: int) -> None:
     w = operand((70, 300))
     x = activations(2, m, w.cols)
-    y = ops.linear(arranged(x, layout), *w.stored, None, w.rows)
+    y = ops.linear(arranged(x, layout), *w.stored, None, w.rows, w.cols)
     assert y.is_contiguous()
     assert_product(y, x, w.dense)
 
@@ -49,7 +49,7 @@ def test_strides_of_x(layout: str, m: int) -> None:
 def test_expanded_x() -> None:
     w = operand((70, 300))
     x = activations(1, w.cols).expand(4, -1)
-    assert_product(ops.linear(x, *w.stored, None, w.rows), x, w.dense)
+    assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)
 
 
 @each_dtype
@@ -57,7 +57,9 @@ def test_expanded_x() -> None:
 def test_repeatable(m: int, dtype: torch.dtype) -> None:
     w = operand((150, 576))
     x = activations(m, w.cols, dtype=dtype)
-    assert torch.equal(ops.linear(x, *w.stored, None, w.rows), ops.linear(x, *w.stored, None, w.rows))
+    assert torch.equal(
+        ops.linear(x, *w.stored, None, w.rows, w.cols), ops.linear(x, *w.stored, None, w.rows, w.cols)
+    )
 
 
 def test_rows_of_x_do_not_mix() -> None:
@@ -66,7 +68,7 @@ def test_rows_of_x_do_not_mix() -> None:
     for m in (3, 12, 30):
         x = activations(m, w.cols)
         x[1] = float("nan")
-        y = ops.linear(x, *w.stored, None, w.rows)
+        y = ops.linear(x, *w.stored, None, w.rows, w.cols)
         assert y[1].isnan().all() and not y[0].isnan().any() and not y[2:].isnan().any()
 
 
@@ -76,7 +78,7 @@ def test_no_hole_is_left(m: int) -> None:
     for shape in SHAPES:
         w = operand(shape)
         x = activations(m, w.cols)
-        assert_product(ops.linear(x, *w.stored, None, w.rows), x, w.dense)
+        assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)
 
 
 @each_dtype
@@ -84,7 +86,7 @@ def test_bias_of_another_dtype(dtype: torch.dtype) -> None:
     """The result has x's dtype."""
     w = operand((70, 300))
     x, bias = activations(3, w.cols, dtype=dtype), activations(w.rows, seed=2)
-    assert_product(ops.linear(x, *w.stored, bias, w.rows), x, w.dense, bias)
+    assert_product(ops.linear(x, *w.stored, bias, w.rows, w.cols), x, w.dense, bias)
 
 
 def test_matrix_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,4 +94,4 @@ def test_matrix_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("ciuic_kernels.ops._products.SCRATCH_WEIGHTS", 2 * 64 * 300)
     w = operand((330, 300))
     x = activations(20, w.cols)
-    assert_product(ops.linear(x, *w.stored, None, w.rows), x, w.dense)
+    assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)

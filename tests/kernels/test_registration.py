@@ -22,14 +22,14 @@ def calls() -> dict[str, tuple[Any, ...]]:
     x, many = activations(3, w.cols), activations(2, 20, w.cols)
     bias, grad = activations(w.rows), activations(3, w.rows)
     return {
-        "linear": (x, *w.stored, None, w.rows),
-        "linear-bias": (x.clone().requires_grad_(), *w.stored, bias.requires_grad_(), w.rows),
-        "linear-many": (many.requires_grad_(), *w.stored, None, w.rows),
-        "linear-bfloat16": (x.bfloat16(), *w.stored, None, w.rows),
-        "linear-empty": (x[:0], *w.stored, None, w.rows),
+        "linear": (x, *w.stored, None, w.rows, w.cols),
+        "linear-bias": (x.clone().requires_grad_(), *w.stored, bias.requires_grad_(), w.rows, w.cols),
+        "linear-many": (many.requires_grad_(), *w.stored, None, w.rows, w.cols),
+        "linear-bfloat16": (x.bfloat16(), *w.stored, None, w.rows, w.cols),
+        "linear-empty": (x[:0], *w.stored, None, w.rows, w.cols),
         "linear_backward": (grad, *w.stored, w.cols),
-        "expert_linear": (x, ids, *e.stored, e.rows),
-        "expert_linear-grad": (x.clone().requires_grad_(), ids, *e.stored, e.rows),
+        "expert_linear": (x, ids, *e.stored, e.rows, e.cols),
+        "expert_linear-grad": (x.clone().requires_grad_(), ids, *e.stored, e.rows, e.cols),
         "expert_linear_backward": (activations(6, e.rows), ids, *e.stored, e.cols, 3),
         "embedding": (torch.tensor([[0, 69, 5]]), *w.stored, w.rows, w.cols, torch.float32),
         "embedding-bfloat16": (torch.tensor(7), *w.stored, w.rows, w.cols, torch.bfloat16),
@@ -72,9 +72,11 @@ def compilable(name: str) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]
     ids = torch.tensor([[0, 3], [4, 1], [2, 2]])
     if name == "linear":
         bias = activations(w.rows, seed=2)
-        return lambda x: ops.linear(x * 2, *w.stored, bias, w.rows).relu(), (activations(3, w.cols),)
+        return lambda x: ops.linear(x * 2, *w.stored, bias, w.rows, w.cols).relu(), (activations(3, w.cols),)
     if name == "expert_linear":
-        return lambda x: ops.expert_linear(x * 2, ids, *e.stored, e.rows).relu(), (activations(3, e.cols),)
+        return lambda x: ops.expert_linear(x * 2, ids, *e.stored, e.rows, e.cols).relu(), (
+            activations(3, e.cols),
+        )
     if name == "embedding":
         return lambda t: ops.embedding(t, *w.stored, w.rows, w.cols, torch.bfloat16) * 2, (torch.arange(4),)
     return lambda x: x @ ops.dequantize(*w.stored, w.rows, w.cols, torch.float32).t(), (

@@ -21,8 +21,8 @@ def results() -> list[torch.Tensor]:
         packed.tags,
         ops.dequantize(*w.stored, w.rows, w.cols, torch.bfloat16),
         ops.embedding(torch.arange(150), *w.stored, w.rows, w.cols, torch.float32),
-        ops.linear(activations(5, w.cols), *w.stored, None, w.rows),
-        ops.expert_linear(activations(12, e.cols), ids, *e.stored, e.rows),
+        ops.linear(activations(5, w.cols), *w.stored, None, w.rows, w.cols),
+        ops.expert_linear(activations(12, e.cols), ids, *e.stored, e.rows, e.cols),
     ]
 
 

@@ -258,7 +258,7 @@ INLINE void decode_scales(const uint8_t *bytes, uint8_t exponent, int64_t count,
     for (int64_t i = 0; i < count; i++) out[i] = scale_value(bytes[i], exponent);
 }
 
-/* Rows first .. first + count of a block to out, in float32 or bfloat16; the next two functions too. */
+/* Rows first .. first + count of a block to out, in float32 or bfloat16. */
 INLINE void decode_even(const uint8_t *record, uint8_t exponent, int64_t rows, int k, int cols, int group,
                         int64_t first, int64_t count, const struct grid *g, int dtype, void *out, int64_t at,
                         int64_t stride) {
@@ -268,9 +268,10 @@ INLINE void decode_even(const uint8_t *record, uint8_t exponent, int64_t rows, i
     decode_scales(row.scales, exponent, count * groups, scales);
     for (int64_t r = 0; r < count; r++, at += stride, row = row_after(row, k, cols)) {
 #pragma GCC unroll 8
-        for (int j = 0; j < cols / LANES; j++)
-            store(out, dtype, at + LANES * j,
-                  splat(scales[r * groups + LANES * j / group]) * levels16(codes16(row.low, row.high, k, cols, j), k, g));
+        for (int j = 0; j < cols / LANES; j++) {
+            f32v level = levels16(codes16(row.low, row.high, k, cols, j), k, g);
+            store(out, dtype, at + LANES * j, splat(scales[r * groups + LANES * j / group]) * level);
+        }
     }
 }
 
@@ -487,7 +488,8 @@ static void block_product(const uint8_t *record, int id, uint8_t exponent, int64
         product_any(record, id, exponent, rows, cols, first, count, tokens, grids, x, at, sums);
         return;
     }
-#define CASE(K) case K: products_##K(record, exponent, rows, cols, group, first, count, tokens, grids + k, x, at, sums); break;
+#define CASE(K)                                                                                              \
+    case K: products_##K(record, exponent, rows, cols, group, first, count, tokens, grids + k, x, at, sums); break;
     switch (k) { FOR_WIDTHS(CASE) }
 #undef CASE
 }
@@ -528,8 +530,8 @@ static float *padded_float(const void *x, int dtype, int64_t count, int64_t cols
     return out;
 }
 
-/* Grouped products. Group i multiplies the output rows order[starts[i] .. starts[i + 1]) (at most MAX_TOKENS) with matrix
- * experts[i]: y[r] = W[experts[i]] . x[r / fan]. x [count, cols] and y [*, rows] are float32 or bfloat16.
+/* Grouped products. Group i multiplies the output rows order[starts[i] .. starts[i + 1]) (at most MAX_TOKENS) with
+ * matrix experts[i]: y[r] = W[experts[i]] . x[r / fan]. x [count, cols] and y [*, rows] are float32 or bfloat16.
  * Returns 0, or 1 when there is no memory for x as float32. */
 int ciuic_products(const uint8_t *arena, const uint8_t *tags, const int64_t *strip_offsets, int64_t rows,
                    int64_t cols, const struct grid *grids, const void *x, int dtype, int64_t count, int64_t fan,
@@ -584,7 +586,7 @@ INLINE float quantize_group(const float *w, int group, float scale, int k, const
     return sum(errors[0] + errors[1]);
 }
 
-/* Smallest scale index that clips nothing, with the sign on top (bit 31), for each group; returns the block exponent. */
+/* Smallest scale index that clips nothing, with the sign in bit 31, for each group; returns the block's exponent. */
 INLINE uint8_t anchor_block(float (*w)[COLS], int64_t rows, int64_t groups, int group, uint32_t *anchors) {
     int32_t top = 0;
     for (int64_t r = 0; r < rows; r++)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ciuic_kernels.cpu import native
-from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS
+from ciuic_kernels.format import BLOCK_ROWS
 from ciuic_kernels.packing import decode_strips
 
 SCRATCH_WEIGHTS = 4 << 20
@@ -28,17 +28,6 @@ def check_input(x: Tensor, cols: int, arena: Tensor) -> None:
         raise ValueError(f"x must be a floating-point tensor, got {x.dtype}.")
     if x.device != arena.device:
         raise ValueError(f"x is on {x.device}, the compressed weight on {arena.device}; move one of them.")
-
-
-def columns(x: Tensor, tags: Tensor) -> int:
-    """K, which the tags only bound: x must fall in their last block."""
-    cols, kblocks = x.shape[-1], tags.shape[-2]
-    if not BLOCK_COLS * (kblocks - 1) < cols <= BLOCK_COLS * kblocks:
-        raise ValueError(
-            f"x has {cols} features in its last dimension, the compressed weight needs more than "
-            f"{BLOCK_COLS * (kblocks - 1)} and at most {BLOCK_COLS * kblocks}."
-        )
-    return cols
 
 
 def dense_strips(

@@ -11,7 +11,6 @@ from ciuic_kernels.ops._define import define, differentiable
 from ciuic_kernels.ops._products import (
     NATIVE_ROWS,
     check_input,
-    columns,
     dense_product,
     dense_transposed_product,
     fused_product,
@@ -42,7 +41,7 @@ def _groups(routed: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor, Tensor
 
 
 def expert_linear(
-    x: Tensor, expert_ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int
+    x: Tensor, expert_ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int
 ) -> Tensor:
     """Multiply rows with the matrices ``W[expert]`` of compressed fused experts ``[E, N, K]``.
 
@@ -54,7 +53,7 @@ def expert_linear(
         arena: uint8 ``[nbytes]``.
         tags: uint8 ``[E, strips, kblocks, 2]``.
         offsets: int64 ``[E * strips + 1]``, from ``layout.strip_offsets``.
-        rows: N.
+        rows, cols: N, K.
 
     Returns:
         ``[T * k, N]`` of x's dtype; row ``t * k + i`` belongs to ``expert_ids[t, i]``.
@@ -63,7 +62,7 @@ def expert_linear(
         ValueError: for an x of the wrong width, kind or device, or when x and expert_ids do not match.
         IndexError: for a negative id.
     """
-    check_input(x, columns(x, tags), arena)
+    check_input(x, cols, arena)
     experts, strips = tags.shape[0], tags.shape[1]
     fan = _fan(x, expert_ids)
     few = NATIVE_ROWS if use_native(x.device) else 0
@@ -93,7 +92,7 @@ def _fan(x: Tensor, expert_ids: Tensor) -> int:
 
 
 def _expert_linear_fake(
-    x: Tensor, expert_ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int
+    x: Tensor, expert_ids: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int
 ) -> Tensor:
     return x.new_empty((expert_ids.numel(), rows))
 
@@ -126,7 +125,7 @@ expert_linear_backward_op = define(expert_linear_backward, _expert_linear_backwa
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, expert_ids, arena, tags, offsets, _rows = inputs
+    x, expert_ids, arena, tags, offsets, _rows, _cols = inputs
     ctx.save_for_backward(expert_ids, arena, tags, offsets)
     ctx.x_shape = x.shape  # type: ignore[attr-defined]
 
@@ -135,7 +134,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     expert_ids, arena, tags, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
     x_rows, cols = ctx.x_shape  # type: ignore[attr-defined]
     grad_x = expert_linear_backward_op(grad, expert_ids, arena, tags, offsets, cols, x_rows)
-    return grad_x, None, None, None, None, None
+    return grad_x, None, None, None, None, None, None
 
 
 differentiable("expert_linear", _backward, _setup_context)

@@ -11,14 +11,15 @@ from ciuic_kernels.ops._define import define, differentiable
 from ciuic_kernels.ops._products import (
     NATIVE_ROWS,
     check_input,
-    columns,
     dense_product,
     dense_transposed_product,
     fused_product,
 )
 
 
-def linear(x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def linear(
+    x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor | None, rows: int, cols: int
+) -> Tensor:
     """Multiply with a compressed matrix W ``[N, K]``.
 
     Args:
@@ -27,7 +28,7 @@ def linear(x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor
         tags: uint8 ``[strips, kblocks, 2]``.
         offsets: int64 ``[strips + 1]``, from ``layout.strip_offsets``.
         bias: ``[N]`` or None.
-        rows: N.
+        rows, cols: N, K.
 
     Returns:
         ``[..., N]`` of x's dtype; products are accumulated in float32.
@@ -35,7 +36,6 @@ def linear(x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor
     Raises:
         ValueError: for an x of the wrong width, kind or device.
     """
-    cols = columns(x, tags)
     check_input(x, cols, arena)
     flat = x.reshape(-1, cols)
     if use_native(x.device) and 0 < flat.shape[0] <= NATIVE_ROWS:
@@ -48,7 +48,7 @@ def linear(x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor
 
 
 def _linear_fake(
-    x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor | None, rows: int
+    x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, bias: Tensor | None, rows: int, cols: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
@@ -70,7 +70,7 @@ linear_backward_op = define(linear_backward, _linear_backward_fake)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, arena, tags, offsets, bias, _rows = inputs
+    x, arena, tags, offsets, bias, _rows, _cols = inputs
     ctx.save_for_backward(arena, tags, offsets)
     ctx.cols = x.shape[-1]  # type: ignore[attr-defined]
     ctx.has_bias = bias is not None  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
         grad_x = linear_backward_op(grad, arena, tags, offsets, ctx.cols)  # type: ignore[attr-defined]
     if ctx.has_bias and ctx.needs_input_grad[4]:  # type: ignore[attr-defined]
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, None, grad_bias, None
+    return grad_x, None, None, None, grad_bias, None, None
 
 
 differentiable("linear", _backward, _setup_context)
