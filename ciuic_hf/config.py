@@ -72,6 +72,7 @@ class CompressionIntent:
             raise CiuicError(
                 f'bits must be a number; use modules={{"linear": {self.bits!r}}} to name a codec.'
             )
+        object.__setattr__(self, "bits", bits)
         if not isinstance(self.modules, Mapping):
             raise CiuicError(
                 f"modules must map roles or name patterns to bits, got {type(self.modules).__name__}."

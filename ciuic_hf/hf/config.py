@@ -22,6 +22,7 @@ class CiuicConfig(QuantizationConfigMixin):
 
     Args:
         bits: bits per weight of every Linear and expert, everything stored counted, 1 to 16, fractions allowed.
+            Below 2.13 whole blocks are dropped; 16 leaves the weights as they are.
         modules: exceptions, role or name pattern -> bits, codec name, or ``"raw"``. Roles: embeddings, lm_head,
             attention, mlp, shared_experts, experts, linear. The most specific wins. Embeddings and lm_head are
             at 8 bits unless told.

@@ -63,6 +63,8 @@ class Encoder:
                 f"{self.name} holds NaN or infinite weights; repair the checkpoint, or keep this weight as it is with "
                 f'modules={{"{self.name}": "raw"}}.'
             ) from None
+        except ValueError as error:
+            raise CiuicError(f"{self.name}: {error}") from None
 
     def _float_rows(self, weight: Tensor, scale: Tensor | None) -> Any:
         if scale is not None:

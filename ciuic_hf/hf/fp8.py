@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ciuic_hf.errors import CiuicError
+from ciuic_kernels.cpu import native
+from ciuic_kernels.dispatch import use_native
 from ciuic_kernels.format import BLOCK_ROWS, ceil_div
 
 SCALE_SUFFIX = "_scale_inv"
@@ -53,6 +55,8 @@ def check_scales(name: str, weight: Tensor, scale: Tensor, block: Block) -> None
 
 def dequantize_rows(weight: Tensor, scales: Tensor, block: Block, first: int, last: int) -> Tensor:
     """Rows ``[first, last)`` as float32 ``[rows, K]``; ``scales`` is float32 ``[ceil(N / b0), ceil(K / b1)]``."""
+    if use_native(weight.device):
+        return native.fp8_rows(weight.contiguous(), scales.contiguous(), block, first, last)
     rows = torch.arange(first, last, device=weight.device) // block[0]
     per_row, whole = scales[rows], weight.shape[1] // block[1]
     dense = weight[first:last].to(torch.float32)  # multiplied in place: this is what a load takes at its peak

@@ -198,7 +198,8 @@ def _fit(model: Any, by_name: dict[str, Any]) -> dict[str, Any]:
         elif module not in modules and prefix + module in modules:
             name = prefix + name
         fitted[name] = entry
-    return fitted
+    ties: dict[str, str] = model.all_tied_weights_keys
+    return {name: fitted[source] for name, source in ties.items() if source in fitted} | fitted
 
 
 def _leave_bias(*_: Any) -> None:

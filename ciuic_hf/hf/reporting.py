@@ -25,7 +25,7 @@ def build_report(model: Any, config: CiuicConfig) -> Report:
     owned = {p.name for p in compressed} | {p.name + TAGS for p in compressed}
     kept = [
         KeptParameter(name, config.kept.get(name, VECTORS), p.numel(), p.numel() * p.element_size())
-        for name, p in model.named_parameters()
+        for name, p in model.state_dict(keep_vars=True).items()
         if name not in owned and name not in tied
     ]
     return Report(compressed, kept, source=model.config.name_or_path or type(model).__name__)

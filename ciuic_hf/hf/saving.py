@@ -58,17 +58,46 @@ def replace_directory(staged: Path, target: Path) -> None:
     for entry in target.iterdir():
         if not _WEIGHTS.fullmatch(entry.name) and not (staged / entry.name).exists():
             _carry(entry, staged / entry.name)
+    if Path.cwd().is_relative_to(target):
+        _move_files(staged, target)  # a directory that somebody stands in cannot be swapped under them
+        return
     previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.previous-", dir=target.parent)) / target.name
     target.rename(previous)
-    staged.rename(target)
-    shutil.rmtree(previous.parent)
+    try:
+        staged.rename(target)
+    except OSError:
+        previous.rename(target)
+        raise
+    finally:
+        shutil.rmtree(previous.parent)
 
 
 def _carry(source: Path, destination: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, destination, symlinks=True)
+    """Link a file or folder into the new directory; copy where the disk cannot link."""
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, destination, symlinks=True, copy_function=_link)
     else:
+        _link(source, destination)
+
+
+def _link(source: str | Path, destination: str | Path) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
         shutil.copy2(source, destination, follow_symlinks=False)
+
+
+def _move_files(staged: Path, target: Path) -> None:
+    """Replace file by file, the index and config.json last, then remove weights of the old checkpoint."""
+    new = sorted(
+        staged.iterdir(), key=lambda entry: (entry.name.endswith(".json"), entry.name == "config.json")
+    )
+    for entry in new:
+        if not (target / entry.name).is_dir():
+            entry.replace(target / entry.name)
+    for entry in target.iterdir():
+        if _WEIGHTS.fullmatch(entry.name) and entry.name not in {moved.name for moved in new}:
+            entry.unlink()
 
 
 def _save(

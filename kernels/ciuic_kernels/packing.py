@@ -65,10 +65,8 @@ def encode_matrix(
     here = offsets[index * strips + first : index * strips + first + count + 1]
     if use_native(source.device):
         source = source if source.stride(-1) == 1 else source.contiguous()
-        try:
-            native.encode(source, tags, here, packed.arena)
-        except ValueError as error:
-            raise NotFiniteError(str(error)) from None
+        if not native.encode(source, tags, here, packed.arena):
+            raise NotFiniteError("not finite")
         return
     rows = max(1, CHUNK_WEIGHTS // (grid.cols * BLOCK_ROWS)) * BLOCK_ROWS
     for start in range(0, source.shape[0], rows):

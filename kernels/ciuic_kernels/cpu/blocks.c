@@ -19,6 +19,8 @@
 #endif
 
 enum { ROWS = 64, COLS = 128, LANES = 16, MAX_TOKENS = 16, ALIGN = 16 };
+/* Below this many weights a second thread costs more than it brings. */
+enum { SERIAL_WEIGHTS = 1 << 16 };
 enum { F32 = 0, BF16 = 1, F16 = 2 };
 enum { ZERO = 0, RAW_BF16 = 1, RAW_FP16 = 2 };
 
@@ -369,7 +371,7 @@ void ciuic_dequantize(const uint8_t *arena, const uint8_t *tags, const int64_t *
                       void *out) {
     struct matrix m = {arena, tags, strip_offsets, rows, cols};
     int64_t size = dtype == F32 ? 4 : 2;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * cols > SERIAL_WEIGHTS)
     for (int64_t s = first_strip; s < last_strip; s++)
         dequantize_strip(&m, s, 0, min64(ROWS, rows - s * ROWS), grids, dtype,
                          (uint8_t *)out + (s - first_strip) * ROWS * cols * size);
@@ -541,7 +543,7 @@ int ciuic_products(const uint8_t *arena, const uint8_t *tags, const int64_t *str
     int64_t width = (ceil_div(kblocks - 1, 8) * 8 + 1) * COLS;
     float *padded = padded_float(x, dtype, count, cols, width);
     if (!padded) return 1;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (groups * rows * cols > SERIAL_WEIGHTS)
     for (int64_t task = 0; task < groups * strips; task++) {
         int64_t i = task / strips, e = experts[i];
         struct matrix m = {arena, tags + e * strips * kblocks * 2, strip_offsets + e * strips, rows, cols};
@@ -552,6 +554,25 @@ int ciuic_products(const uint8_t *arena, const uint8_t *tags, const int64_t *str
     }
     free(padded);
     return 0;
+}
+
+/* ---- FP8 ---------------------------------------------------------------------------------------------------- */
+
+/* Rows [first, last) of an 8-bit float matrix [*, cols] with one scale for each block [block_rows, block_cols], as
+ * float32. values [256] is what each byte stands for; scales [*, ceil(cols / block_cols)]. */
+void ciuic_fp8_rows(const uint8_t *src, int64_t cols, int64_t first, int64_t last, const float *values,
+                    const float *scales, int64_t block_rows, int64_t block_cols, float *out) {
+    int64_t per_row = ceil_div(cols, block_cols);
+#pragma omp parallel for schedule(static) if ((last - first) * cols > SERIAL_WEIGHTS)
+    for (int64_t r = first; r < last; r++) {
+        const uint8_t *codes = src + r * cols;
+        float *line = out + (r - first) * cols;
+        for (int64_t b = 0; b < per_row; b++) {
+            float scale = scales[r / block_rows * per_row + b];
+            int64_t end = min64(cols, (b + 1) * block_cols);
+            for (int64_t c = b * block_cols; c < end; c++) line[c] = values[codes[c]] * scale;
+        }
+    }
 }
 
 /* ---- encode ------------------------------------------------------------------------------------------------- */
@@ -714,7 +735,7 @@ int ciuic_encode(const void *src, int dtype, int64_t stride, int64_t rows, int64
                  const int64_t *strip_offsets, const struct grid *grids, uint8_t *arena) {
     int64_t kblocks = ceil_div(cols, COLS), strips = ceil_div(rows, ROWS);
     int status = 0;
-#pragma omp parallel for schedule(dynamic) reduction(max : status)
+#pragma omp parallel for schedule(dynamic) reduction(max : status) if (rows * cols > SERIAL_WEIGHTS)
     for (int64_t s = 0; s < strips; s++) {
         uint8_t *record = arena + strip_offsets[s];
         int64_t height = min64(ROWS, rows - s * ROWS);

@@ -14,16 +14,22 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ciuic_kernels.codecs.grid import CURVE, PLANES, SCALE_OFFSETS, levels, thresholds
+from ciuic_kernels.codec import all_codecs
+from ciuic_kernels.codecs.grid import CURVE, GRIDS, PLANES, SCALE_OFFSETS, levels, thresholds
+from ciuic_kernels.codecs.raw16 import RAW_BF16, RAW_FP16
+from ciuic_kernels.codecs.zero import ZERO
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODECS = {
+    codec.id for codec in (ZERO, RAW_BF16, RAW_FP16, *GRIDS.values())
+}  # those that blocks.c has code for
 DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write; float16 goes through float32
 MAX_TOKENS = 16  # rows of x that one pass over a matrix serves
 
@@ -112,6 +118,9 @@ def _build(compiler: str) -> Path:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    foreign = [codec.name for codec in all_codecs() if codec.id not in CODECS]
+    if foreign:
+        return None, f"blocks.c has no code for the codec {foreign[0]}"
     compiler = _compiler()
     if compiler is None:
         return None, "no C compiler was found (install gcc or clang, or set CC)"
@@ -124,7 +133,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.ciuic_dequantize.argtypes = (p, p, p, n, n, n, n, p, i, p)
     library.ciuic_gather.argtypes = (p, p, p, n, n, p, n, p, i, p)
     library.ciuic_products.argtypes = (p, p, p, n, n, p, p, i, n, n, p, p, p, n, p)
-    for name in ("ciuic_dequantize", "ciuic_gather"):
+    library.ciuic_fp8_rows.argtypes = (p, n, n, n, p, p, n, n, p)
+    for name in ("ciuic_dequantize", "ciuic_gather", "ciuic_fp8_rows"):
         getattr(library, name).restype = None
     return library, ""
 
@@ -150,26 +160,40 @@ def _tables() -> ctypes.Array[_Grid]:
     return _grid_tables()
 
 
-def encode(source: Tensor, tags: Tensor, offsets: Tensor, arena: Tensor) -> None:
-    """Encode one matrix into its arena.
+def encode(source: Tensor, tags: Tensor, offsets: Tensor, arena: Tensor) -> bool:
+    """Encode one matrix into its arena; False when a weight is not finite.
 
     Args:
         source: ``[N, K]`` float32, bfloat16 or float16, last dimension contiguous.
         tags: uint8 ``[strips, kblocks, 2]`` with the codec ids; the exponents are written.
         offsets: int64 ``[strips (+ 1)]``, byte offset of each strip in ``arena``.
         arena: uint8, contiguous; padding bytes are zeroed.
-
-    Raises:
-        ValueError: when a weight is not finite, or raw_fp16 is asked of another dtype.
     """
-    status = _library().ciuic_encode(
+    status: int = _library().ciuic_encode(
         source.data_ptr(), DTYPES[source.dtype], source.stride(0), *source.shape,
         tags.data_ptr(), offsets.data_ptr(), _tables(), arena.data_ptr(),
     )  # fmt: skip
-    if status == 1:
-        raise ValueError("not finite")
-    if status == 2:
-        raise ValueError(f"raw_fp16 blocks keep float16 weights only, got {source.dtype}")
+    return status == 0
+
+
+@cache
+def _fp8_values(dtype: torch.dtype) -> Tensor:
+    """float32 ``[256]``: what each byte of an 8-bit float stands for."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).to(torch.float32)
+
+
+def fp8_rows(weight: Tensor, scales: Tensor, block: tuple[int, int], first: int, last: int) -> Tensor:
+    """Rows ``[first, last)`` of a block-scaled 8-bit float matrix ``[N, K]``, contiguous, as float32.
+
+    Args:
+        scales: float32 ``[ceil(N / block[0]), ceil(K / block[1])]``, contiguous.
+    """
+    out = torch.empty(last - first, weight.shape[1], dtype=torch.float32)
+    _library().ciuic_fp8_rows(
+        weight.data_ptr(), weight.shape[1], first, last, _fp8_values(weight.dtype).data_ptr(),
+        scales.data_ptr(), *block, out.data_ptr(),
+    )  # fmt: skip
+    return out
 
 
 def dequantize(
