@@ -7,6 +7,8 @@ merge and encode one expert at a time into an arena that was allocated once.
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +85,18 @@ class Encoder:
         return {self.name: self._packed.arena, self.name + TAGS: self._packed.tags}
 
 
-class WeightEncoder(WeightConverter):
+class EncodingConverter(WeightConverter):
+    """What all converters here share: cheap copies. transformers deep-copies a converter for every tensor of a file."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        clone = copy.copy(self)
+        clone.collected_tensors, clone.layer_targets = defaultdict(list), defaultdict(set)
+        return clone
+
+
+class WeightEncoder(EncodingConverter):
     """Every ``*.weight`` that no model-specific converter takes: encoded, or passed on as it is."""
 
     __slots__ = ("block",)
@@ -112,7 +125,7 @@ class WeightEncoder(WeightConverter):
         return _with_ties(model, encoder.finish(), loading_info)
 
 
-class ExpertsEncoder(WeightConverter):
+class ExpertsEncoder(EncodingConverter):
     """Experts that the model merges: ``experts.*.gate_proj.weight`` ... -> ``experts.gate_up_proj``.
 
     Runs the model's own operations on one expert at a time, so it needs to know nothing of how they are merged.
@@ -188,7 +201,7 @@ class ExpertsEncoder(WeightConverter):
         return merged[0] if merged.dim() == 3 else merged
 
 
-class FusedEncoder(WeightConverter):
+class FusedEncoder(EncodingConverter):
     """Experts that the checkpoint already keeps fused: one tensor ``[E, N, K]`` under the parameter's name."""
 
     __slots__ = ()
@@ -214,7 +227,7 @@ class FusedEncoder(WeightConverter):
         return encoder.finish()
 
 
-class ResultEncoder(WeightConverter):
+class ResultEncoder(EncodingConverter):
     """Any other converter of the model (fused or split projections): its results are encoded."""
 
     __slots__ = ()

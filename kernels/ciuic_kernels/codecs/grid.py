@@ -41,7 +41,7 @@ SCALE_OFFSETS: dict[int, tuple[int, ...]] = {
     4: (0, -1, 1, -2, 2),
     5: (0, -1, 1),
     6: (0, -1, 1),
-    8: (0, 1),
+    8: (0,),
 }
 """Scale bytes that the encoder tries, as steps from the smallest scale that clips nothing."""
 

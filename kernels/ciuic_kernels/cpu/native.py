@@ -27,9 +27,8 @@ from ciuic_kernels.codecs.zero import ZERO
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CODECS = {
-    codec.id for codec in (ZERO, RAW_BF16, RAW_FP16, *GRIDS.values())
-}  # those that blocks.c has code for
+# What blocks.c has code for.
+CODECS = {ZERO.id, RAW_BF16.id, RAW_FP16.id, *(grid.id for grid in GRIDS.values())}
 DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write; float16 goes through float32
 MAX_TOKENS = 16  # rows of x that one pass over a matrix serves
 
