@@ -1,4 +1,4 @@
-"""``ciuic bench load | decode | quality``: measurements, printed as ratios taken in one run."""
+"""``ciuic bench load | decode | quality | products``: measurements, printed as ratios taken in one run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def add_command(commands: Any) -> None:
     quality.add_argument("--tokens", type=int, default=2048)
     quality.add_argument("--bits", type=float, nargs="+", default=[8, 6, 5, 4.25, 4, 3])
     quality.set_defaults(run=run_quality)
-    for kind in (load, decode, quality):
+    products = kinds.add_parser("products", help="one matrix by rows of x: fused, decode-then-GEMM, bf16")
+    products.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
+    products.add_argument("--codec", default="grid4_g32", help="block codec (default grid4_g32)")
+    products.set_defaults(run=run_products)
+    for kind in (load, decode, quality, products):
         kind.add_argument("--json", type=Path, help="also write the numbers to this file")
         kind.add_argument("--cache", type=Path, default=Path("ciuic-bench"), help="directory for the models")
 
@@ -49,6 +53,13 @@ def run_quality(arguments: argparse.Namespace) -> None:
     from ciuic_hf.bench.smollm2_quality import measure_quality, table
 
     rows = measure_quality(arguments.cache, arguments.bits, arguments.tokens)
+    _show(table(rows), rows, arguments.json)
+
+
+def run_products(arguments: argparse.Namespace) -> None:
+    from ciuic_hf.bench.products import measure_products, table
+
+    rows = measure_products(arguments.codec, arguments.repeats)
     _show(table(rows), rows, arguments.json)
 
 
