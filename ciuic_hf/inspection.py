@@ -11,11 +11,11 @@ from safetensors import safe_open
 
 from ciuic_hf.checkpoint import DTYPE_NBYTES, TensorHeader, check_files, checkpoint_files, read_config
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.report import CompressedParameter, KeptParameter, Report
 from ciuic_kernels import BlockGrid, codec_by_id
 from ciuic_kernels.layout import FormatError, strip_offsets
 
-TAGS = "_tags"
 VECTORS = "vectors (norms, biases)"
 
 

@@ -15,12 +15,13 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ciuic_hf.checkpoint import TensorHeader, check_files
+from ciuic_hf.checkpoint import check_files
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8, saving
 from ciuic_hf.hf.config import METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
 from ciuic_hf.hf.reporting import build_report
+from ciuic_hf.hf.stored import check_sizes, fit_names
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
@@ -58,12 +59,19 @@ class CiuicQuantizer(HfQuantizer):
         device_map: Any = None,
         **_: Any,
     ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise CiuicError(
+                "Compressed weights cannot be split over processes yet (tensor, expert or pipeline parallelism, FSDP); "
+                "place whole modules with device_map instead."
+            )
         headers = check_files(checkpoint_files or [])
         config = self.quantization_config
         with torch.device("cpu"):  # transformers calls this with meta as the default device
             if self.pre_quantized:
-                _check_sizes(config, headers)
-                config.parameters, config.kept = (_fit(model, d) for d in (config.parameters, config.kept))
+                check_sizes(config, headers)
+                config.parameters, config.kept = (
+                    fit_names(model, d) for d in (config.parameters, config.kept)
+                )
             else:
                 self._choose(model, config)
         entries = ((name, tuple(e["shape"]), e["arena_nbytes"]) for name, e in config.parameters.items())
@@ -184,24 +192,6 @@ def _tie_tags(model: Any) -> None:
             model.all_tied_weights_keys[name + TAGS] = source + TAGS
 
 
-def _fit(model: Any, by_name: dict[str, Any]) -> dict[str, Any]:
-    """Parameter names as this class has them: a base model has no head and no prefix, a model with a head has both."""
-    modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
-    is_base = not hasattr(model, model.base_model_prefix)
-    fitted = {}
-    for name, entry in by_name.items():
-        module = name.rpartition(".")[0]
-        if module not in modules and is_base:
-            if not name.startswith(prefix):
-                continue  # of a head
-            name = name.removeprefix(prefix)
-        elif module not in modules and prefix + module in modules:
-            name = prefix + name
-        fitted[name] = entry
-    ties: dict[str, str] = model.all_tied_weights_keys
-    return {name: fitted[source] for name, source in ties.items() if source in fitted} | fitted
-
-
 def _leave_bias(*_: Any) -> None:
     """Tying pads the bias of a head to the length of its weight, which for an arena is a number of bytes."""
 
@@ -220,40 +210,3 @@ def _name_patterns(names: list[str], all_names: list[str]) -> list[str]:
 def _layerless(name: str) -> str:
     parts = [r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")]
     return "^" + r"\.".join(parts) + "$"
-
-
-def _is_shape(shape: Any) -> bool:
-    return (
-        isinstance(shape, list) and len(shape) in (2, 3) and all(isinstance(s, int) and s > 0 for s in shape)
-    )
-
-
-def _check_sizes(config: CiuicConfig, headers: list[TensorHeader]) -> None:
-    """Compare what config.json says of a compressed checkpoint with what its files hold. Raises CiuicError."""
-    if not config.is_compressed:
-        raise CiuicError(
-            "config.json says quant_method ciuic but lists no compressed parameters; it was not saved by ciuic_hf."
-        )
-    by_name = {header.name: header for header in headers}
-    for name, entry in config.parameters.items():
-        shape: Any = entry.get("shape")
-        nbytes = entry.get("arena_nbytes")
-        whole = (
-            isinstance(shape, list)
-            and len(shape) in (2, 3)
-            and all(isinstance(s, int) and s > 0 for s in shape)
-        )
-        if not whole or not isinstance(nbytes, int) or nbytes < 0:
-            raise CiuicError(f"config.json describes {name} as {entry!r}; it needs a shape and arena_nbytes.")
-        header = by_name.get(name)
-        if header is not None and (header.dtype != "U8" or header.shape != (nbytes,)):
-            raise CiuicError(
-                f"{header.file.name}: {name} is {header.dtype} {list(header.shape)} but config.json says an arena of "
-                f"{nbytes} bytes; the files belong to different checkpoints."
-            )
-        tags = by_name.get(name + TAGS)
-        if tags is not None and (tags.dtype != "U8" or tags.shape != BlockGrid(tuple(shape)).tags_shape):
-            raise CiuicError(
-                f"{tags.file.name}: {name}{TAGS} is {tags.dtype} {list(tags.shape)}, a parameter {shape} needs U8 "
-                f"{list(BlockGrid(tuple(shape)).tags_shape)}; the files belong to different checkpoints."
-            )

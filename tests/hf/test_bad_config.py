@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import AutoConfig, GptOssConfig, GptOssForCausalLM
 
 from ciuic_hf import CiuicConfig, CiuicError
 
@@ -98,3 +98,11 @@ def test_unsupported_experts(load: Callable[..., Any], tmp_path: Path) -> None:
     for name, tensor in model.model.layers[0].mlp.experts.state_dict().items():
         assert torch.equal(tensor, dense.model.layers[0].mlp.experts.state_dict()[name])
     assert torch.isfinite(model(torch.tensor([[3, 4]])).logits).all()
+
+
+def test_splitting_over_processes(checkpoint: Callable[[str], Path], load: Callable[..., Any]) -> None:
+    path = checkpoint("v3_bf16")
+    config = AutoConfig.from_pretrained(path)
+    config.distributed_config = {"tp_size": 2}  # what from_pretrained(distributed_config=...) leaves there
+    with pytest.raises(CiuicError, match=r"split over processes yet.*device_map"):
+        load(path, 4.25, config=config)

@@ -1,0 +1,57 @@
+"""The ``ciuic`` command: what it prints, and one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ciuic_hf
+from ciuic_hf.cli.main import main
+from ciuic_hf.demo import bf16_path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    config = ciuic_hf.CiuicConfig(bits=4.25, modules={"lm_head": "raw"})
+    model = AutoModelForCausalLM.from_pretrained(
+        bf16_path(), dtype=torch.bfloat16, quantization_config=config
+    )
+    model.save_pretrained(path)
+    return path
+
+
+def test_inspect_agrees_with_the_report_of_the_load(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(saved), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    loaded = AutoModelForCausalLM.from_pretrained(saved).ciuic_report.to_dict()
+    for key in ("nbytes", "dense_nbytes", "bits_per_weight"):
+        assert shown[key] == loaded[key]
+    for part in ("compressed", "kept"):
+        by_name = [sorted(report[part], key=lambda entry: entry["name"]) for report in (shown, loaded)]
+        assert json.loads(json.dumps(by_name[1])) == by_name[0]
+
+
+def test_inspect_prints_a_table(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(saved)]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("experts", "attention", "lm_head", "vectors", "total", "smaller"))
+
+
+@pytest.mark.parametrize("given", ["nothing here", "an empty folder", "not compressed"])
+def test_inspect_of_something_else(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = bf16_path() if given == "not compressed" else tmp_path / ("x" if given == "nothing here" else "")
+    assert main(["inspect", str(path)]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("ciuic: ") and ("is not a model" in error or "not compressed" in error)
+    assert "Traceback" not in error
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compres"])
+    assert "demo" in capsys.readouterr().err
