@@ -1,0 +1,1 @@
+"""Measurements: loading, speed and quality, printed as ratios taken in one run."""

@@ -1,0 +1,1 @@
+"""The ``ciuic`` command, one module for each subcommand."""
