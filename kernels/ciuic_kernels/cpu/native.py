@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from functools import cache, lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ from ciuic_kernels.codecs.grid import CURVE, GRIDS, PLANES, SCALE_OFFSETS, level
 from ciuic_kernels.codecs.raw16 import RAW_BF16, RAW_FP16
 from ciuic_kernels.codecs.zero import ZERO
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+PROCESSOR_FLAGS = ("-march=native", "-mcpu=native", "")  # the first that the compiler takes
+OPENMP_FLAGS = ("-fopenmp", "")  # Apple's clang has none: the same code then runs on one thread
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What blocks.c has code for.
 CODECS = {ZERO.id, RAW_BF16.id, RAW_FP16.id, *(grid.id for grid in GRIDS.values())}
@@ -98,7 +101,9 @@ def _build(compiler: str) -> Path:
     """Path of the shared object, built if the cache does not have it. Raises RuntimeError with the compiler's words."""
     source = Path(__file__).with_name("blocks.c")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    identity = "\0".join((source.read_text(), version, *FLAGS, platform.machine(), _processor()))
+    identity = "\0".join(
+        (source.read_text(), version, *FLAGS, *PROCESSOR_FLAGS, platform.machine(), _processor())
+    )
     target = _cache_dir() / f"blocks-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -106,9 +111,9 @@ def _build(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
         command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(source), "-lm"]
-        # Apple's clang has no OpenMP: the same code then runs on one thread.
-        for openmp in (["-fopenmp"], []):
-            result = subprocess.run([*command, *openmp], capture_output=True, text=True, check=False)
+        for variant in product(PROCESSOR_FLAGS, OPENMP_FLAGS):
+            flags = [flag for flag in variant if flag]
+            result = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
             if result.returncode == 0:
                 built.replace(target)
                 return target
