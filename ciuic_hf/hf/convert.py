@@ -118,7 +118,7 @@ class WeightEncoder(EncodingConverter):
         scale: Tensor | None = reads[SCALE_PATTERN][0]() if SCALE_PATTERN in reads else None
         shape = _packed_shape(model, layer_name)
         if shape is None:
-            dtype = model.get_parameter(layer_name).dtype
+            dtype = hf_quantizer.dtype_of(model, layer_name)
             return {layer_name: _dense(layer_name, weight, scale, self.block, dtype)}
         encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
         encoder.add(0, weight, _required(layer_name, weight, scale, self.block))

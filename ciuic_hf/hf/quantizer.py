@@ -48,6 +48,7 @@ class CiuicQuantizer(HfQuantizer):
             config.parameters, config.kept = {}, {}
         self.fp8_block = fp8.block_size(source) if source is not None else None
         self.codec_ids: dict[str, Tensor] = {}
+        self._dtypes_of_model: dict[str, torch.dtype] = {}
         self._started = time.perf_counter()
         self._peak: PeakMemory | None = None  # while loading; it holds a lock, which deepcopy refuses
 
@@ -102,7 +103,17 @@ class CiuicQuantizer(HfQuantizer):
             verbatim += [name for name in self.quantization_config.kept if "experts" in name]
         plan_of_model = model._get_dtype_plan
         plan = dict.fromkeys(_name_patterns(verbatim, [name for name, _ in model.named_parameters()]))
-        model._get_dtype_plan = lambda dtype: plan_of_model(dtype) | plan
+
+        def dtype_plan(dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+            self._dtypes_of_model = plan_of_model(dtype)
+            return self._dtypes_of_model | plan
+
+        model._get_dtype_plan = dtype_plan
+
+    def dtype_of(self, model: Any, name: str) -> torch.dtype:
+        """The dtype in which the model wants a parameter that is kept."""
+        planned = (dtype for pattern, dtype in self._dtypes_of_model.items() if pattern in name)
+        return next(planned, None) or model.get_parameter(name).dtype
 
     def _refuse_missing(self, model: Any) -> None:
         """Have the load fail for a compressed weight that no file holds: it would be left uninitialised."""

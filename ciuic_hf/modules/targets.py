@@ -84,7 +84,9 @@ def find_targets(
         role = role_of(name, module, embeddings, head)
         for parameter, weight in candidates:
             full_name = f"{name}.{parameter}"
-            reason = _reason_to_keep(full_name, module, keep_patterns)
+            reason = _reason_to_keep(full_name, module, keep_patterns) or _reason_of_router(
+                model, name, module
+            )
             outcome = reason or _plan(full_name, role if weight.dim() == 2 else "experts", weight, intent)
             if isinstance(outcome, str):
                 kept.append(Kept(full_name, outcome))
@@ -123,6 +125,16 @@ def _reason_to_keep(name: str, module: nn.Module, keep_patterns: list[str]) -> s
     if any(part in name for part in keep_patterns):
         return "the model keeps it in float32"
     return ""
+
+
+def _reason_of_router(model: nn.Module, name: str, module: nn.Module) -> str:
+    """Routers are small and decide everything: a Linear beside the experts with no more outputs than experts."""
+    beside = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
+    if not isinstance(module, nn.Linear) or not isinstance(beside, nn.Module):
+        return ""
+    fused = [p.shape[0] for p in beside.parameters(recurse=False) if p.dim() == 3]
+    count = len(beside) if isinstance(beside, nn.ModuleList) else max(fused, default=0)
+    return "a router" if module.out_features <= count else ""
 
 
 def _plan(
