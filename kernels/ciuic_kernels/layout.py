@@ -66,9 +66,33 @@ def block_nbytes(codec_ids: Tensor, grid: BlockGrid) -> Tensor:
     return nbytes
 
 
+def planned_offsets(codec_ids: Tensor, grid: BlockGrid) -> Tensor:
+    """Byte offset of every strip for a choice of codecs, before there are tags.
+
+    Returns:
+        int64 ``[matrices * strips + 1]`` on the CPU, shared between calls: do not write to it. The last entry is
+        the size of the arena.
+    """
+    # The layers of a model repeat a few shapes, and so their choices.
+    return _planned_offsets(codec_ids.cpu().contiguous().numpy().tobytes(), grid)
+
+
+@lru_cache(maxsize=256)
+def _planned_offsets(codec_ids: bytes, grid: BlockGrid) -> Tensor:
+    ids = torch.frombuffer(bytearray(codec_ids), dtype=torch.uint8)
+    return _running_sum(block_nbytes(ids, grid).sum(dim=2))
+
+
+def _running_sum(sizes: Tensor) -> Tensor:
+    """int64 ``[n + 1]``: where each of ``sizes`` starts, and where the last one ends."""
+    offsets = torch.zeros(sizes.numel() + 1, dtype=torch.int64, device=sizes.device)
+    torch.cumsum(sizes.flatten(), dim=0, out=offsets[1:])
+    return offsets
+
+
 def arena_nbytes(codec_ids: Tensor, grid: BlockGrid) -> int:
     """Bytes of the arena that these blocks need."""
-    return int(block_nbytes(codec_ids, grid).sum())
+    return int(planned_offsets(codec_ids, grid)[-1])
 
 
 def strip_offsets(tags: Tensor, grid: BlockGrid, nbytes: int) -> Tensor:
@@ -97,8 +121,7 @@ def strip_offsets(tags: Tensor, grid: BlockGrid, nbytes: int) -> Tensor:
     sizes = block_nbytes(tags[..., 0], grid)
     if int(sizes.sum(dim=(1, 2)).max()) > MAX_MATRIX_BYTES:
         raise FormatError(f"A matrix needs more than {MAX_MATRIX_BYTES} bytes; split it or use fewer bits.")
-    offsets = torch.zeros(grid.matrices * grid.strips + 1, dtype=torch.int64, device=tags.device)
-    torch.cumsum(sizes.sum(dim=2).flatten(), dim=0, out=offsets[1:])
+    offsets = _running_sum(sizes.sum(dim=2))
     if int(offsets[-1]) != nbytes:
         raise FormatError(
             f"The tags describe {int(offsets[-1])} bytes of blocks but the arena has {nbytes}. "

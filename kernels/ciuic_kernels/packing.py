@@ -14,7 +14,7 @@ from ciuic_kernels.codecs.raw16 import RAW_FP16
 from ciuic_kernels.cpu import native
 from ciuic_kernels.dispatch import use_native
 from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, BlockGrid, PackedTensor, empty_packed
-from ciuic_kernels.layout import arena_nbytes, block_nbytes, strip_offsets
+from ciuic_kernels.layout import block_nbytes, planned_offsets, strip_offsets
 
 CHUNK_WEIGHTS = 1 << 20  # the torch encoder holds about ten float32 temporaries of this many weights
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,12 +30,11 @@ def allocate(codec_ids: Tensor, grid: BlockGrid, device: torch.device | str) -> 
     Returns:
         the PackedTensor (tags filled, exponents and arena not yet) and its strip offsets int64 on the CPU.
     """
-    ids = codec_ids.cpu()
-    packed = empty_packed(grid, arena_nbytes(ids, grid), device)
-    tags = torch.zeros(grid.tags_shape, dtype=torch.uint8)
-    tags[..., 0] = ids.reshape(grid.tags_shape[:-1])
-    packed.tags.copy_(tags)
-    return packed, strip_offsets(tags, grid, packed.arena.numel())
+    offsets = planned_offsets(codec_ids, grid)
+    packed = empty_packed(grid, int(offsets[-1]), device)
+    packed.tags[..., 0] = codec_ids.reshape(grid.tags_shape[:-1]).to(packed.tags.device)
+    packed.tags[..., 1] = 0
+    return packed, offsets
 
 
 def encode_matrix(
