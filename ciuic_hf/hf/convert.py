@@ -14,15 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8
+from ciuic_hf.memory import release_freed_memory
 from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_kernels import BlockGrid, PackedTensor
+from ciuic_kernels.format import BLOCK_ROWS
 from ciuic_kernels.packing import FLOAT_DTYPES, NotFiniteError, allocate, encode_matrix
 
 Read = Callable[[], Tensor]
+Part = tuple[Tensor, Tensor | None]
+"""A weight ``[N, K]`` as the checkpoint has it, with its scales if it is FP8."""
+_TRIM_WEIGHTS = 1 << 20  # temporaries of smaller parameters are not worth the call
 SCALE_PATTERN, WEIGHT_PATTERN = r"\.weight_scale_inv$", r"\.weight$"
 
 
@@ -48,18 +53,32 @@ class Encoder:
         self._packed: PackedTensor | None = None
         self._offsets = torch.empty(0)
 
-    def add(self, index: int, weight: Tensor, scale: Tensor | None = None) -> None:
-        """Encode matrix ``index`` ``[N, K]``. Raises CiuicError for a bad shape, dtype or value."""
-        if tuple(weight.shape) != (self.grid.rows, self.grid.cols):
+    def add(self, index: int, parts: list[Part]) -> None:
+        """Encode matrix ``index`` ``[N, K]``, given as parts that follow each other in whole strips of 64 rows.
+
+        Raises:
+            CiuicError: for a bad shape, dtype or value.
+        """
+        rows = sum(weight.shape[0] for weight, _ in parts)
+        if rows != self.grid.rows or any(weight.shape[1:] != (self.grid.cols,) for weight, _ in parts):
+            found = [list(weight.shape) for weight, _ in parts]
             raise CiuicError(
-                f"{self.name} is {list(self.grid.shape)} in this model but the checkpoint has {list(weight.shape)}."
+                f"{self.name} is {list(self.grid.shape)} in this model but the checkpoint has "
+                f"{found[0] if len(found) == 1 else found}."
             )
         if self._packed is None:
             ids = self.codec_ids.expand(self.grid.tags_shape[:-1])
-            self._packed, self._offsets = allocate(ids, self.grid, weight.device)
+            self._packed, self._offsets = allocate(ids, self.grid, parts[0][0].device)
+        start = 0
+        for weight, scale in parts:
+            self._encode(index, start, weight, scale)
+            start += weight.shape[0]
+
+    def _encode(self, index: int, start: int, weight: Tensor, scale: Tensor | None) -> None:
+        assert self._packed is not None
         try:
             for first, rows in self._float_rows(weight, scale):
-                encode_matrix(self._packed, self._offsets, index, rows, first)
+                encode_matrix(self._packed, self._offsets, index, rows, start + first)
         except NotFiniteError:
             raise CiuicError(
                 f"{self.name} holds NaN or infinite weights; repair the checkpoint, or keep this weight as it is with "
@@ -82,6 +101,8 @@ class Encoder:
     def finish(self) -> dict[str, Tensor]:
         """Arena and tags under their parameter names."""
         assert self._packed is not None
+        if self.grid.numel > _TRIM_WEIGHTS and self._packed.arena.device.type == "cpu":
+            release_freed_memory()
         return {self.name: self._packed.arena, self.name + TAGS: self._packed.tags}
 
 
@@ -121,14 +142,15 @@ class WeightEncoder(EncodingConverter):
             dtype = hf_quantizer.dtype_of(model, layer_name)
             return {layer_name: _dense(layer_name, weight, scale, self.block, dtype)}
         encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
-        encoder.add(0, weight, _required(layer_name, weight, scale, self.block))
+        encoder.add(0, [(weight, _required(layer_name, weight, scale, self.block))])
         return _with_ties(model, encoder.finish(), loading_info)
 
 
 class ExpertsEncoder(EncodingConverter):
     """Experts that the model merges: ``experts.*.gate_proj.weight`` ... -> ``experts.gate_up_proj``.
 
-    Runs the model's own operations on one expert at a time, so it needs to know nothing of how they are merged.
+    Runs the model's own operations on one expert at a time, so it needs to know nothing of how they are merged;
+    where they only put matrices below each other, each is encoded straight to its rows.
     """
 
     __slots__ = ("block", "weights")
@@ -152,7 +174,10 @@ class ExpertsEncoder(EncodingConverter):
         self._check_counts(layer_name, reads, shape[0])
         encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
         for index in range(shape[0]):
-            encoder.add(index, self._expert(layer_name, reads, index, context))
+            parts = self._read(layer_name, reads, index)
+            if not self._stacks_strips(parts):
+                parts = [(self._merge(layer_name, parts, context), None)]
+            encoder.add(index, parts)
         return encoder.finish()
 
     def _merged(
@@ -162,7 +187,7 @@ class ExpertsEncoder(EncodingConverter):
         self._check_counts(layer_name, reads, len(placeholder))
         dense = None
         for index in range(len(placeholder)):
-            expert = self._expert(layer_name, reads, index, context)
+            expert = self._merge(layer_name, self._read(layer_name, reads, index), context)
             if dense is None:
                 dense = torch.empty(placeholder.shape, dtype=placeholder.dtype, device=expert.device)
             dense[index] = expert
@@ -179,24 +204,35 @@ class ExpertsEncoder(EncodingConverter):
                     f"({scales} scales); a shard is missing or config.json belongs to another model."
                 )
 
-    def _expert(
-        self, layer_name: str, reads: dict[str, list[Any]], index: int, context: dict[str, Any]
-    ) -> Tensor:
-        """One expert, merged by the model's own operations: ``[N, K]``."""
-        parts: dict[str, Any] = {}
+    def _read(self, layer_name: str, reads: dict[str, list[Any]], index: int) -> list[Part]:
+        """The weights of one expert, with their scales, in the order of the patterns."""
+        parts: list[Part] = []
         for pattern in self.weights:
             weight = _take(reads[pattern], index)
             scales = reads.get(_scale_pattern(pattern))
-            scale = _required(layer_name, weight, _take(scales, index) if scales else None, self.block)
+            scale = _take(scales, index) if scales else None
+            parts.append((weight, _required(layer_name, weight, scale, self.block)))
+        return parts
+
+    def _stacks_strips(self, parts: list[Part]) -> bool:
+        """Whether merging an expert only puts whole strips below each other: then nothing has to be copied."""
+        stack, *rest = self.operations
+        by_rows = stack.dim == 0 and (not rest or [(type(op), op.dim) for op in rest] == [(Concatenate, 1)])
+        return by_rows and all(weight.shape[0] % BLOCK_ROWS == 0 for weight, _ in parts[:-1])
+
+    def _merge(self, layer_name: str, parts: list[Part], context: dict[str, Any]) -> Tensor:
+        """One expert, merged by the model's own operations: ``[N, K]``."""
+        merging: dict[str, Any] = {}
+        for pattern, (weight, scale) in zip(self.weights, parts, strict=True):
             if scale is not None:
                 assert self.block is not None
                 weight = fp8.dequantize(layer_name, weight, scale, self.block)
-            parts[pattern] = [weight]
+            merging[pattern] = [weight]
         for operation in self.operations:
-            parts = operation.convert(
-                parts, source_patterns=self.weights, target_patterns=self.target_patterns, **context
+            merging = operation.convert(
+                merging, source_patterns=self.weights, target_patterns=self.target_patterns, **context
             )
-        merged = next(iter(parts.values()))
+        merged = next(iter(merging.values()))
         merged = merged[0] if isinstance(merged, list) else merged
         return merged[0] if merged.dim() == 3 else merged
 
@@ -223,7 +259,7 @@ class FusedEncoder(EncodingConverter):
                 f"{layer_name} is {list(shape)} in this model but the checkpoint has {list(fused.shape)}."
             )
         for index, expert in enumerate(fused):
-            encoder.add(index, expert)
+            encoder.add(index, [(expert, None)])
         return encoder.finish()
 
 
@@ -254,7 +290,7 @@ class ResultEncoder(EncodingConverter):
             if shape is not None:
                 encoder = Encoder(name, shape, hf_quantizer.codec_ids[name], None)
                 for index, matrix in enumerate(tensor if tensor.dim() == 3 else tensor.unsqueeze(0)):
-                    encoder.add(index, matrix)
+                    encoder.add(index, [(matrix, None)])
                 results |= encoder.finish()
             else:
                 results[name] = tensor

@@ -19,7 +19,7 @@ from ciuic_kernels.dispatch import use_native
 from ciuic_kernels.format import BLOCK_ROWS, ceil_div
 
 SCALE_SUFFIX = "_scale_inv"
-CHUNK_WEIGHTS = 4 << 20  # weights held as float32 at a time: 16 MB
+CHUNK_WEIGHTS = 1 << 20  # weights held as float32 at a time: 4 MB
 Block = tuple[int, int]
 
 
