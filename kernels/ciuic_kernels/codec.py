@@ -1,7 +1,8 @@
 """The contract of a block codec and the registry of all codecs.
 
-A codec says how one block is stored. It is one file in ``ciuic_kernels/codecs`` that registers itself; nothing
-else has to be edited for encoding, decoding, planning, reports and conformance tests to know it.
+A codec says how one block is stored. It is one file in ``ciuic_kernels/codecs`` that registers itself, and one line
+in its ``__init__``; encoding, decoding, planning, reports and conformance tests then know it. The compiled CPU
+kernels serve a codec once ``cpu/blocks.c`` has code for it; until then the torch reference serves that machine.
 """
 
 from __future__ import annotations
