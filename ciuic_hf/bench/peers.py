@@ -1,4 +1,4 @@
-"""bitsandbytes NF4, the common 4-bit format, as a peer to compare with; and the same numbers without it.
+"""bitsandbytes NF4, the common 4-bit format, as a peer to compare with: its values, computed without it.
 
 NF4 (Dettmers et al., "QLoRA", arXiv 2305.14314, appendix E) gives each group of 64 consecutive weights of
 the flattened matrix its largest magnitude as a float32 scale, and each weight the nearest of 16 fixed levels
@@ -8,14 +8,9 @@ in [-1, 1]: 4 + 32 / 64 = 4.5 bits per weight. Double quantization (scales in 8 
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GROUP = 64
 BITS_PER_WEIGHT = 4 + 32 / GROUP
@@ -39,31 +34,6 @@ LEVELS = (
     0.7229568362236023,
     1.0,
 )
-
-
-def load_nf4(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """Loads the causal language model at `path` with its Linear weights in bitsandbytes NF4.
-
-    Every Linear but the output head is quantized, in groups of 64 with float32 scales; activations and all
-    other tensors are in `dtype`. On CPUs with AVX-512 bf16, bitsandbytes 0.50 repacks the weights at the
-    first forward and does not undo it fully on a save: save such a model before running it, or not at all.
-
-    Raises:
-        ImportError: bitsandbytes or accelerate is not installed.
-    """
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ImportError("NF4 needs bitsandbytes; run: pip install bitsandbytes accelerate") from error
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=False,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype)
 
 
 @torch.no_grad()

@@ -18,16 +18,12 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8
-from ciuic_hf.memory import release_freed_memory
-from ciuic_hf.modules.packed import TAGS, PackedModule
-from ciuic_kernels import BlockGrid, PackedTensor
+from ciuic_hf.hf.encoder import Encoder, Part
+from ciuic_hf.modules.packed import PackedModule
 from ciuic_kernels.format import BLOCK_ROWS
-from ciuic_kernels.packing import FLOAT_DTYPES, NotFiniteError, allocate, encode_matrix
+from ciuic_kernels.packing import FLOAT_DTYPES
 
 Read = Callable[[], Tensor]
-Part = tuple[Tensor, Tensor | None]
-"""A weight ``[N, K]`` as the checkpoint has it, with its scales if it is FP8."""
-_TRIM_WEIGHTS = 1 << 20  # temporaries of smaller parameters are not worth the call
 SCALE_PATTERN, WEIGHT_PATTERN = r"\.weight_scale_inv$", r"\.weight$"
 
 
@@ -36,74 +32,6 @@ def _packed_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
     module_name, _, parameter = name.rpartition(".")
     module = model.get_submodule(module_name)
     return module.packed_shapes.get(parameter) if isinstance(module, PackedModule) else None
-
-
-class Encoder:
-    """Encodes the matrices of one parameter as they arrive.
-
-    Args:
-        name: full parameter name, for messages.
-        shape: logical shape ``(N, K)`` or ``(E, N, K)``.
-        codec_ids: uint8 ``[strips, kblocks]``.
-        block: FP8 block size, None when the checkpoint is not FP8.
-    """
-
-    def __init__(self, name: str, shape: tuple[int, ...], codec_ids: Tensor, block: fp8.Block | None) -> None:
-        self.name, self.grid, self.codec_ids, self.block = name, BlockGrid(tuple(shape)), codec_ids, block
-        self._packed: PackedTensor | None = None
-        self._offsets = torch.empty(0)
-
-    def add(self, index: int, parts: list[Part]) -> None:
-        """Encode matrix ``index`` ``[N, K]``, given as parts that follow each other in whole strips of 64 rows.
-
-        Raises:
-            CiuicError: for a bad shape, dtype or value.
-        """
-        rows = sum(weight.shape[0] for weight, _ in parts)
-        if rows != self.grid.rows or any(weight.shape[1:] != (self.grid.cols,) for weight, _ in parts):
-            found = [list(weight.shape) for weight, _ in parts]
-            raise CiuicError(
-                f"{self.name} is {list(self.grid.shape)} in this model but the checkpoint has "
-                f"{found[0] if len(found) == 1 else found}."
-            )
-        if self._packed is None:
-            ids = self.codec_ids.expand(self.grid.tags_shape[:-1])
-            self._packed, self._offsets = allocate(ids, self.grid, parts[0][0].device)
-        start = 0
-        for weight, scale in parts:
-            self._encode(index, start, weight, scale)
-            start += weight.shape[0]
-
-    def _encode(self, index: int, start: int, weight: Tensor, scale: Tensor | None) -> None:
-        assert self._packed is not None
-        try:
-            for first, rows in self._float_rows(weight, scale):
-                encode_matrix(self._packed, self._offsets, index, rows, start + first)
-        except NotFiniteError:
-            raise CiuicError(
-                f"{self.name} holds NaN or infinite weights; repair the checkpoint, or keep this weight as it is with "
-                f'modules={{"{self.name}": "raw"}}.'
-            ) from None
-        except ValueError as error:
-            raise CiuicError(f"{self.name}: {error}") from None
-
-    def _float_rows(self, weight: Tensor, scale: Tensor | None) -> Any:
-        if scale is not None:
-            assert self.block is not None
-            fp8.check_scales(self.name, weight, scale, self.block)
-            return fp8.row_chunks(weight, fp8.scale_values(scale), self.block)
-        if weight.dtype not in FLOAT_DTYPES:
-            raise CiuicError(
-                f"{self.name} is {weight.dtype} without scales; Ciuic compresses bf16, fp16, fp32 and block-scaled FP8."
-            )
-        return [(0, weight)]
-
-    def finish(self) -> dict[str, Tensor]:
-        """Arena and tags under their parameter names."""
-        assert self._packed is not None
-        if self.grid.numel > _TRIM_WEIGHTS and self._packed.arena.device.type == "cpu":
-            release_freed_memory()
-        return {self.name: self._packed.arena, self.name + TAGS: self._packed.tags}
 
 
 class EncodingConverter(WeightConverter):

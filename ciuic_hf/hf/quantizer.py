@@ -57,7 +57,6 @@ class CiuicQuantizer(HfQuantizer):
         model: Any,
         dtype: torch.dtype | None = None,
         checkpoint_files: list[str] | None = None,
-        device_map: Any = None,
         **_: Any,
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:

@@ -65,11 +65,12 @@ def replace_directory(staged: Path, target: Path) -> None:
     target.rename(previous)
     try:
         staged.rename(target)
-    except OSError:
-        previous.rename(target)
+    except BaseException:  # an interrupt too: whatever happens, one whole checkpoint stays under its name
+        if not target.exists():
+            previous.rename(target)
+            previous.parent.rmdir()
         raise
-    finally:
-        shutil.rmtree(previous.parent)
+    shutil.rmtree(previous.parent)
 
 
 def _carry(source: Path, destination: Path) -> None:
@@ -111,12 +112,19 @@ def _save(
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
     try:
-        write_card(model, staged, kwargs.get("repo_id") or target.name)
+        if _card_is_ours(target):
+            write_card(model, staged, kwargs.get("repo_id") or target.name)
         result = original(model, staged, **kwargs)
         replace_directory(staged, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return result
+
+
+def _card_is_ours(directory: Path) -> bool:
+    """Whether README.md may be written: there is none, or it is a card of an earlier save."""
+    card = directory / "README.md"
+    return not card.exists() or "\n- ciuic\n" in card.read_text(encoding="utf-8", errors="replace")
 
 
 def write_card(model: Any, directory: Path, repository: str) -> None:

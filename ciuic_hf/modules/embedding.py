@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ciuic_hf.modules.packed import PackedModule
+from ciuic_hf.modules.packed import PackedModule, adopt
 from ciuic_kernels import ops
 
 
@@ -17,11 +17,8 @@ class CiuicEmbedding(PackedModule, nn.Embedding):
     @classmethod
     def adopt(cls, embedding: nn.Embedding, dtype: torch.dtype | None = None) -> Self:
         """Turn an Embedding into a CiuicEmbedding in place, without a table; ``set_packed`` installs one."""
-        dtype = dtype or embedding.weight.dtype
-        del embedding._parameters["weight"]
-        embedding.__class__ = cls
+        adopt(embedding, cls, ["weight"], dtype)
         assert isinstance(embedding, cls)
-        embedding._declare_packed({"weight": (embedding.num_embeddings, embedding.embedding_dim)}, dtype)
         return embedding
 
     def dense_class(self) -> type[nn.Module]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ciuic_hf.modules.packed import PackedModule
+from ciuic_hf.modules.packed import PackedModule, adopt
 from ciuic_kernels import ops
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
@@ -94,11 +94,7 @@ def unsupported_reason(module: nn.Module) -> str:
 
 def adopt_experts(module: nn.Module, dtype: torch.dtype | None = None) -> CiuicExperts:
     """Turn fused experts into compressed ones in place, without weights; ``set_packed`` installs them."""
-    shapes = {name: tuple(module._parameters[name].shape) for name in EXPERT_PARAMETERS}  # type: ignore[union-attr]
-    dtype = dtype or module._parameters["down_proj"].dtype  # type: ignore[union-attr]
-    for name in EXPERT_PARAMETERS:
-        del module._parameters[name]
-    module.__class__ = _compressed_class(type(module))  # type: ignore[arg-type]
+    compressed = _compressed_class(type(module))  # type: ignore[arg-type]
+    adopt(module, compressed, EXPERT_PARAMETERS, dtype)
     assert isinstance(module, CiuicExperts)
-    module._declare_packed(shapes, dtype)
     return module

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ciuic_hf.modules.packed import PackedModule
+from ciuic_hf.modules.packed import PackedModule, adopt
 from ciuic_kernels import PackedTensor, ops
 
 
@@ -21,11 +21,8 @@ class CiuicLinear(PackedModule, nn.Linear):
     @classmethod
     def adopt(cls, linear: nn.Linear, dtype: torch.dtype | None = None) -> Self:
         """Turn a Linear into a CiuicLinear in place, without a weight; ``set_packed`` installs one."""
-        dtype = dtype or linear.weight.dtype
-        del linear._parameters["weight"]
-        linear.__class__ = cls
+        adopt(linear, cls, ["weight"], dtype)
         assert isinstance(linear, cls)
-        linear._declare_packed({"weight": (linear.out_features, linear.in_features)}, dtype)
         return linear
 
     @classmethod

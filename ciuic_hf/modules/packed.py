@@ -7,7 +7,7 @@ checkpoint stores. Strip offsets are derived, never saved, and follow the module
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -18,6 +18,24 @@ from ciuic_kernels import BlockGrid, PackedTensor, ops
 from ciuic_kernels.layout import FormatError, strip_offsets
 
 TAGS = "_tags"
+
+
+def adopt(
+    module: nn.Module, compressed: type[nn.Module], names: Iterable[str], dtype: torch.dtype | None
+) -> None:
+    """Turn a module into a compressed class in place, without weights; ``set_packed`` installs them.
+
+    Args:
+        names: its parameters that become compressed.
+        dtype: dtype of dense results, that of the weights unless given.
+    """
+    weights = {name: module.get_parameter(name) for name in names}
+    for name in weights:
+        del module._parameters[name]
+    module.__class__ = compressed
+    assert isinstance(module, PackedModule)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    module._declare_packed(shapes, dtype or next(iter(weights.values())).dtype)
 
 
 class PackedModule(nn.Module):

@@ -93,18 +93,6 @@ class BlockGrid:
         """Columns of one block: 128, fewer in the last."""
         return min(BLOCK_COLS, self.cols - kblock * BLOCK_COLS)
 
-    def edge_classes(self) -> list[tuple[int, int, int]]:
-        """``(rows, cols, count)`` for the up to four sizes of block that one matrix has."""
-        full_strips, last_rows = divmod(self.rows, BLOCK_ROWS)
-        full_kblocks, last_cols = divmod(self.cols, BLOCK_COLS)
-        sizes = [
-            (BLOCK_ROWS, BLOCK_COLS, full_strips * full_kblocks),
-            (BLOCK_ROWS, last_cols, full_strips if last_cols else 0),
-            (last_rows, BLOCK_COLS, full_kblocks if last_rows else 0),
-            (last_rows, last_cols, 1 if last_rows and last_cols else 0),
-        ]
-        return [size for size in sizes if size[2]]
-
 
 @dataclass
 class PackedTensor:

@@ -69,6 +69,43 @@ def test_a_crash_of_a_first_save_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stopped", [OSError("disk gone"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_stopping_between_the_two_renames_leaves_the_previous_checkpoint(
+    stopped: BaseException,
+    home: Path,
+    checkpoint: Callable[[str], Path],
+    load: Callable[..., Any],
+    snapshot: Callable[[Path], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, rename = snapshot(home), Path.rename
+    model = load(checkpoint("v3_bf16"), 6)
+
+    def stopping(self: Path, target: Path) -> Path:
+        if ".saving-" in self.name:
+            raise stopped
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopping)
+    with pytest.raises(type(stopped)):
+        model.save_pretrained(home / "model")
+    assert snapshot(home) == before
+    assert [entry.name for entry in home.iterdir()] == ["model"]
+
+
+def test_a_readme_of_the_users_own_stays(
+    tmp_path: Path, saved: Callable[[str], Path], load: Callable[..., Any]
+) -> None:
+    model, readme = load(saved("v3_bf16")), tmp_path / "model" / "README.md"
+    model.save_pretrained(tmp_path / "model")
+    assert "import ciuic_hf" in readme.read_text()
+    model.save_pretrained(tmp_path / "model")  # a card of ours is written anew
+    assert "import ciuic_hf" in readme.read_text()
+    readme.write_text("mine")
+    model.save_pretrained(tmp_path / "model")
+    assert readme.read_text() == "mine"
+
+
 def test_saving_over_the_files_the_model_is_mapped_from(
     home: Path, load: Callable[..., Any], ids: torch.Tensor, snapshot: Callable[[Path], dict[str, bytes]]
 ) -> None:

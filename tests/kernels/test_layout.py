@@ -49,9 +49,9 @@ def test_offsets_equal_a_plain_sum(shape: tuple[int, ...], seed: int) -> None:
 def test_grid_of_blocks(shape: tuple[int, ...]) -> None:
     """Blocks cover every weight once."""
     grid = BlockGrid(shape)
-    covered = sum(rows * cols * count for rows, cols, count in grid.edge_classes())
-    assert covered * grid.matrices == grid.numel
-    assert sum(count for _, _, count in grid.edge_classes()) == grid.blocks == grid.strips * grid.kblocks
+    heights, widths = map(grid.strip_rows, range(grid.strips)), map(grid.block_cols, range(grid.kblocks))
+    assert sum(heights) * sum(widths) * grid.matrices == grid.numel
+    assert grid.blocks == grid.strips * grid.kblocks
     assert sum(map(grid.strip_rows, range(grid.strips))) == grid.rows
     assert sum(map(grid.block_cols, range(grid.kblocks))) == grid.cols
     assert grid.tags_nbytes == torch.zeros(grid.tags_shape, dtype=torch.uint8).numel()
