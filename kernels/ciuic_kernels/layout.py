@@ -17,7 +17,7 @@ from ciuic_kernels.format import (
     aligned,
 )
 
-MAX_EXPONENT = 247  # the largest block exponent whose scales are finite (codecs/grid.py)
+MAX_EXPONENT = 244  # the largest block exponent whose weights are finite (codecs/grid.py)
 
 
 class FormatError(ValueError):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ciuic_kernels import BlockGrid, all_codecs
-from ciuic_kernels.codecs.grid import CURVE, PLANES
+from ciuic_kernels.codecs.grid import LINEAR, PLANES
 from ciuic_kernels.packing import decode_tensor, encode_tensor
 
 DECODER = Path(__file__).parents[2] / "docs" / "reference_decoder.py"
@@ -27,7 +27,7 @@ def decoder() -> ModuleType:
 
 
 def test_constants(decoder: ModuleType) -> None:
-    assert decoder.CURVE == CURVE and decoder.PLANES == PLANES
+    assert decoder.LINEAR == LINEAR and decoder.PLANES == PLANES
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (1, 1), (130, 300), (576, 192), (3, 70, 200)])

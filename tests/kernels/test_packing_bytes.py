@@ -29,8 +29,8 @@ def stored_bits(name: str, rows: int, cols: int) -> int:
     if name.startswith("raw"):
         return 16 * rows * cols
     width, group = (int(part) for part in name.removeprefix("grid").split("_g"))
-    planes = {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(width, (width,))
-    return 8 * rows * (sum((cols * p + 7) // 8 for p in planes) + (cols + group - 1) // group)
+    planes = {3: (2, 1), 5: (4, 1), 6: (4, 2), 8: (4, 4)}.get(width, (width,))
+    return 8 * rows * (sum((cols * p + 15) // 16 * 2 for p in planes) + (cols + group - 1) // group)
 
 
 def records(packed: PackedTensor) -> list[tuple[str, int, int, int]]:

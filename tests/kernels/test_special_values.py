@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ciuic_kernels.codec import Codec
-from ciuic_kernels.codecs.grid import GRIDS, GridCodec, levels
+from ciuic_kernels.codecs.grid import GRIDS, LINEAR, GridCodec
 from ciuic_kernels.layout import MAX_EXPONENT
 from tests.kernels.samples import each_codec
-from tests.kernels.test_grid_bounds import clipped, half_step
+from tests.kernels.test_grid_bounds import clipped, half_step, move
 
 LARGEST = torch.finfo(torch.float32).max
 TINY = torch.finfo(torch.float32).smallest_normal
@@ -24,8 +24,8 @@ def round_trip(codec: Codec, block: torch.Tensor) -> torch.Tensor:
 
 @each_grid
 @pytest.mark.parametrize("value", [1.0, -0.75, 1.9375, -(2.0**-60), 1.5 * 2.0**100])
-def test_a_constant_that_a_scale_can_be_is_exact(codec: GridCodec, value: float) -> None:
-    block = torch.full((64, 128), value)
+def test_a_constant_that_an_outermost_level_can_be_is_exact(codec: GridCodec, value: float) -> None:
+    block = torch.full((64, 128), (1 + LINEAR[codec.width]) * value)
     assert torch.equal(round_trip(codec, block), block)
 
 
@@ -49,31 +49,31 @@ def test_an_outlier_of_any_size_leaves_no_nonsense(codec: GridCodec) -> None:
     block[0, 0] = -1e30
     decoded = round_trip(codec, block)
     assert decoded.isfinite().all()
-    smallest_scale = 2.0 ** (torch.tensor(1e30).log2().floor() - 7)
-    assert (decoded[1:].abs() <= smallest_scale).all()
+    assert (decoded[1:].abs() <= 1e30 / 2**7).all(), "the reach of the smallest scale of the block"
     assert abs(decoded[0, 0] / -1e30 - 1) <= max(clipped(codec.width), half_step(codec.width) * 1.25)
 
 
 @each_grid
 def test_denormals(codec: GridCodec) -> None:
-    """The smallest scale is the smallest normal number: below it the grid is absolute."""
-    block = TINY * (2 * torch.rand(64, 128) - 1)
+    """The smallest scale is the smallest normal number: below its reach the grid is absolute."""
+    block = (1 + LINEAR[codec.width]) * TINY * (2 * torch.rand(64, 128) - 1)
     decoded = round_trip(codec, block)
-    grid = levels(codec.width)
-    step = max(float(grid.diff().max()) / 2, 1 - float(grid[-1]))
-    assert ((decoded - block).abs() <= TINY * step * (1 + 1e-3)).all()
+    allowed = (1 + LINEAR[codec.width]) * TINY * move(codec.width)
+    assert ((decoded - block).abs() <= allowed * (1 + 1e-3)).all()
 
 
 @each_grid
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_numbers(codec: GridCodec, sign: int) -> None:
-    """Up to float32's maximum: the largest scale there is, 1.9375 x 2^127, is within 1/32 of it."""
-    block = torch.zeros(64, 128)
-    block[:, ::7] = sign * LARGEST
-    decoded = round_trip(codec, block)
-    assert decoded.isfinite().all()
-    assert ((decoded[:, ::7] / LARGEST - sign).abs() <= 1 / 32 + half_step(codec.width)).all()
-    assert (decoded[block == 0] == 0).all()
+    """Finite up to float32's maximum, and clipped to the outermost level of the largest scale there is."""
+    largest = 1.9375 * 2.0 ** (MAX_EXPONENT + 7 - 127) * (1 + LINEAR[codec.width])
+    for magnitude in (LARGEST, largest, 0.9 * largest):
+        block = torch.zeros(64, 128)
+        block[:, ::7] = sign * magnitude
+        decoded = round_trip(codec, block)
+        error = (decoded[:, ::7] / min(magnitude, largest) - sign).abs()
+        assert (error <= max(clipped(codec.width), half_step(codec.width) * 1.25)).all()
+        assert (decoded[block == 0] == 0).all()
 
 
 @each_codec

@@ -3,21 +3,37 @@
 Value of a code ``q`` (0 .. 2^k-1) in a group with scale ``s``, all steps rounded to float32:
 
     t = (q - 2^(k-1)) / 2^(k-1)            in [-1, 1), exact
-    w = s * (t * ((1 - c) + c * (t * t)))
+    w = s * (t * (a + t * t))
 
-``c`` bends the grid: steps are finer near zero, where most weights are. ``s`` carries a sign, chosen so that the
-element of largest magnitude sits at t = -1: nothing is clipped, zero is exact, no zero-point is stored.
+``a`` weighs the linear term against the cubic: the smaller it is, the finer are the steps near zero, where most
+weights are. The outermost level is ``-(1 + a) s``. ``s`` carries a sign, chosen so that the element of largest
+magnitude sits there, at t = -1: nothing is clipped, zero is exact, no zero-point is stored.
 
 Record of a block ``[rows, cols]``, G columns a group, ``g = ceil(cols / G)``:
 
-    plane 0    rows x ceil(cols * p0 / 8) bytes     the low p0 bits of every code
-    plane 1    rows x ceil(cols * p1 / 8) bytes     the next p1 bits (k = 3, 5 and 6 only)
-    scales     rows x g bytes                       sign (bit 7), exponent e (bits 4-6), mantissa m (bits 0-3)
+    plane 0    rows x W0 words of 16 bits     the low p0 bits of every code, W0 = ceil(cols * p0 / 16)
+    plane 1    rows x W1 words of 16 bits     the other p1 bits, W1 = ceil(cols * p1 / 16); k = 3, 5, 6 and 8 only
+    scales     rows x g bytes                 sign (bit 7), exponent e (bits 4-6), mantissa m (bits 0-3)
 
-A plane of p bits keeps ``W = ceil(cols * p / 8)`` bytes a row; byte w holds the codes of columns ``j * W + w`` in
-its bits ``[j * p, (j + 1) * p)``, so that unpacking a row is a shift and a mask of contiguous bytes. Bits past
-the last column are zero. With the block's exponent byte X a scale is ``(1 + m / 16) * 2^(X + e - 127)``, which as
-float32 is the bit pattern ``(16 X + (byte & 127)) << 19``, with the sign on top.
+A plane of p bits is cut into tiles of 8 words a row (the last may have fewer), which are stored one after another:
+
+    tile 0     rows x 8 words                 columns 0 .. 128/p - 1
+    tile 1     rows x 8 words                 columns 128/p .. 2 * 128/p - 1, and so on
+
+Words are little-endian. In a tile of V words a row, word w holds the codes of the tile's columns ``j V + w``, code j
+in the bits from ``4 (j mod 4) + p (j div 4)`` on:
+
+    bits    15 14 13 12  11 10  9  8   7  6  5  4   3  2  1  0
+    p = 4   --- j=3 ---  --- j=2 ---   --- j=1 ---  --- j=0 ---
+    p = 2   j=7   j=3    j=6   j=2     j=5   j=1    j=4   j=0
+    p = 1   15 11  7  3  14 10  6  2   13  9  5  1  12  8  4  0
+
+So a row of a tile is 16 bytes, one copy of a GPU thread; a shift puts one code of each of a register's two words at
+the bottom of its nibble; and planes of 4, 2 and 1 bits have their codes in the same nibbles, so that joining two is
+one bit-select. Bits past the last column are zero.
+
+With the block's exponent byte X a scale is ``(1 + m / 16) * 2^(X + e - 127)``, which as float32 is the bit pattern
+``(16 X + (byte & 127)) << 19``, with the sign on top.
 """
 
 from __future__ import annotations
@@ -31,9 +47,9 @@ from torch import Tensor
 from ciuic_kernels.codec import register_codec
 from ciuic_kernels.format import ceil_div
 
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-CURVE: dict[int, float] = {2: 0.1875, 3: 0.25, 4: 0.40625, 5: 0.5, 6: 0.5, 8: 0.40625}
-"""c for each width: least KL on a trained LM (docs/adr/002); multiples of 1/32, so that 1 - c is exact."""
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
+LINEAR: dict[int, float] = {2: 4.25, 3: 3.0, 4: 1.5, 5: 1.0, 6: 1.0, 8: 1.5}
+"""a for each width: least KL on a trained LM (docs/adr/002); exact in bfloat16, and every level is in float32."""
 
 SCALE_OFFSETS: dict[int, tuple[int, ...]] = {
     2: (0, -1, 1),
@@ -46,16 +62,19 @@ SCALE_OFFSETS: dict[int, tuple[int, ...]] = {
 """Scale bytes that the encoder tries, as steps from the smallest scale that clips nothing."""
 
 GROUPS = (32, 64)
-MIN_EXPONENT, MAX_EXPONENT = 1, 247  # X + 7 must stay a finite float32 exponent
+WORD_BITS, TILE_WORDS = 16, 8
+MIN_EXPONENT, MAX_EXPONENT = (
+    1,
+    244,
+)  # 1.9375 * 2^(X - 120) times the outermost level of any width stays finite
 
 
 @cache
 def levels(bits: int) -> Tensor:
-    """float32 ``[2^bits]``: the grid for scale 1, rounded as the formula of this module says."""
+    """float32 ``[2^bits]``: the grid for scale 1. All steps of the formula are exact here."""
     half = 1 << (bits - 1)
-    c = torch.tensor(CURVE[bits], dtype=torch.float32, device="cpu")
     t = (torch.arange(2 * half, dtype=torch.float32, device="cpu") - half) / half
-    return t * ((1 - c) + c * (t * t))
+    return t * (LINEAR[bits] + t * t)
 
 
 @cache
@@ -73,26 +92,42 @@ def scale_values(codes: Tensor, exponents: Tensor) -> Tensor:
     return torch.where(byte >= 128, -magnitude, magnitude)
 
 
+def tiles(cols: int, width: int) -> list[tuple[int, int]]:
+    """``(first column, words a row)`` of every tile of a plane of ``width`` bits."""
+    words, per_word = ceil_div(cols * width, WORD_BITS), WORD_BITS // width
+    return [(w * per_word, min(TILE_WORDS, words - w)) for w in range(0, words, TILE_WORDS)]
+
+
+@cache
+def code_places(width: int) -> list[tuple[int, int]]:
+    """``(byte, bit)`` where the j-th code of a word starts."""
+    return [divmod(4 * (j % 4) + width * (j // 4), 8) for j in range(WORD_BITS // width)]
+
+
 def pack_plane(codes: Tensor, width: int) -> Tensor:
-    """uint8 codes ``[..., cols]`` below 2^width -> bytes ``[..., ceil(cols * width / 8)]``."""
-    if width == 8:
-        return codes
-    per_byte, nbytes = 8 // width, ceil_div(codes.shape[-1] * width, 8)
-    padded = torch.nn.functional.pad(codes, (0, per_byte * nbytes - codes.shape[-1]))
-    fields = padded.unflatten(-1, (per_byte, nbytes))
-    packed = fields[..., 0, :].clone()
-    for j in range(1, per_byte):
-        packed |= fields[..., j, :] << (j * width)
-    return packed
+    """uint8 codes ``[..., rows, cols]`` below 2^width -> bytes ``[..., rows * 2 * ceil(cols * width / 16)]``."""
+    places, parts = code_places(width), []
+    for first, words in tiles(codes.shape[-1], width):
+        tile = codes[..., first : first + len(places) * words]
+        fields = torch.nn.functional.pad(tile, (0, len(places) * words - tile.shape[-1]))
+        fields = fields.unflatten(-1, (len(places), words))
+        packed = fields.new_zeros(*codes.shape[:-1], words, 2)
+        for j, (byte, bit) in enumerate(places):
+            packed[..., byte] |= fields[..., j, :] << bit
+        parts.append(packed.flatten(-3))
+    return torch.cat(parts, dim=-1)
 
 
-def unpack_plane(packed: Tensor, width: int, cols: int) -> Tensor:
-    """The inverse of :func:`pack_plane`: bytes ``[..., W]`` -> uint8 codes ``[..., cols]``."""
-    if width == 8:
-        return packed
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    fields = (packed.unsqueeze(-2) >> shifts.unsqueeze(-1)) & ((1 << width) - 1)
-    return fields.flatten(-2)[..., :cols]
+def unpack_plane(plane: Tensor, width: int, rows: int, cols: int) -> Tensor:
+    """The inverse of :func:`pack_plane`: bytes ``[..., W]`` -> uint8 codes ``[..., rows, cols]``."""
+    places, parts, start = code_places(width), [], 0
+    shifts = torch.tensor([bit for _, bit in places], dtype=torch.uint8, device=plane.device)[:, None]
+    for _, words in tiles(cols, width):
+        tile = plane[..., start : start + 2 * rows * words].unflatten(-1, (rows, words, 2))
+        bytes_of_codes = torch.stack([tile[..., byte] for byte, _ in places], dim=-2)
+        parts.append(((bytes_of_codes >> shifts) & ((1 << width) - 1)).flatten(-2))
+        start += 2 * rows * words
+    return torch.cat(parts, dim=-1)[..., :cols]
 
 
 def tree_sum(values: Tensor) -> Tensor:
@@ -123,7 +158,7 @@ class GridCodec:
         return self.width + 8 / self.group
 
     def plane_nbytes(self, rows: int, cols: int) -> list[int]:
-        return [rows * ceil_div(cols * p, 8) for p in PLANES[self.width]]
+        return [2 * rows * ceil_div(cols * p, WORD_BITS) for p in PLANES[self.width]]
 
     def record_nbytes(self, rows: int, cols: int) -> int:
         return sum(self.plane_nbytes(rows, cols)) + rows * ceil_div(cols, self.group)
@@ -139,7 +174,7 @@ class GridCodec:
         codes = codes.flatten(-2)[..., :cols]
         parts, shift = [], 0
         for width in PLANES[self.width]:
-            parts.append(pack_plane((codes >> shift) & ((1 << width) - 1), width).reshape(batch, -1))
+            parts.append(pack_plane((codes >> shift) & ((1 << width) - 1), width))
             shift += width
         return torch.cat([*parts, scales.reshape(batch, -1)], dim=1), exponents
 
@@ -147,8 +182,10 @@ class GridCodec:
         """Smallest unclipped scale index and sign of each group, exponent byte of each block."""
         high, low = weights.amax(-1), weights.amin(-1)
         absmax = torch.maximum(high, -low)
+        # A divisor on the device: CUDA multiplies by the reciprocal of a number, which rounds twice.
+        least = absmax.abs() / absmax.new_full((), 1 + LINEAR[self.width])
         # abs() turns -0.0 into 0.0. float32 bits >> 19 are exponent and 4 mantissa bits; adding 2^19 - 1 rounds up.
-        index = (absmax.abs().view(torch.int32) + ((1 << 19) - 1)) >> 19
+        index = (least.view(torch.int32) + ((1 << 19) - 1)) >> 19
         top = index.amax(dim=(-2, -1))
         exponents = ((top >> 4) - 7).clamp(MIN_EXPONENT, MAX_EXPONENT)
         return index, high > -low, exponents.to(torch.uint8)
@@ -182,8 +219,8 @@ class GridCodec:
         batch, groups = records.shape[0], ceil_div(cols, self.group)
         codes, start, shift = torch.zeros((), dtype=torch.int32, device=records.device), 0, 0
         for width, nbytes in zip(PLANES[self.width], self.plane_nbytes(rows, cols), strict=True):
-            plane = records[:, start : start + nbytes].reshape(batch, rows, -1)
-            codes = codes + (unpack_plane(plane, width, cols).to(torch.int32) << shift)
+            plane = unpack_plane(records[:, start : start + nbytes], width, rows, cols)
+            codes = codes + (plane.to(torch.int32) << shift)
             start, shift = start + nbytes, shift + width
         scale_bytes = records[:, start : start + rows * groups].reshape(batch, rows, groups)
         scales = scale_values(scale_bytes, exponents[:, None, None])
