@@ -1,0 +1,271 @@
+"""Device functions that read blocks: full blocks of a grid fast, any block in general.
+
+A full block of k bits is k tiles of 1 KB, ``[64, 8]`` 16-bit words, and its scale bytes. Warps copy tiles to shared
+memory in pieces of 16 bytes, load them as MMA operands and unpack there: no weight is stored again before it is
+multiplied. ``PLAIN`` replaces the PTX by the same arithmetic in float32, for the interpreter and other devices.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ciuic_kernels.codecs.grid import LINEAR, PLANES
+from ciuic_kernels.codecs.raw16 import RAW_BF16, RAW_FP16
+from ciuic_kernels.codecs.zero import ZERO
+from ciuic_kernels.triton import _asm
+
+ROWS = tl.constexpr(64)
+COLS = tl.constexpr(128)
+GROUP_COLS = tl.constexpr(32)  # columns that one step unpacks: four codes of eight words
+TILE_WORDS = tl.constexpr(64 * 8)
+
+_UNPACK = tl.constexpr({f"{k} {g} {int(half)}": text for (k, g, half), text in _asm.UNPACK.items()})
+_SCALES = tl.constexpr({f"{b} {rows}": _asm.scales(b, rows) for b, rows in _asm.SCALE_FORMS})
+_LINEAR = tl.constexpr(LINEAR)
+_LOW_PLANE = tl.constexpr({k: planes[0] for k, planes in PLANES.items()})
+_RAW_BF16 = tl.constexpr(RAW_BF16.id)
+_RAW_FP16 = tl.constexpr(RAW_FP16.id)
+_ZERO = tl.constexpr(ZERO.id)
+
+
+@triton.constexpr_function
+def unpack_text(width, group, half):
+    return _UNPACK.value[f"{width} {group} {int(half)}"]
+
+
+@triton.constexpr_function
+def scales_text(first_byte, rows):
+    return _SCALES.value[f"{first_byte} {rows}"]
+
+
+@triton.constexpr_function
+def width_of(kind):
+    return kind & 31
+
+
+@triton.constexpr_function
+def group_of(kind):
+    return kind & 96
+
+
+@triton.constexpr_function
+def linear_term(width):
+    return _LINEAR.value[width]
+
+
+@triton.constexpr_function
+def low_plane(width):
+    return _LOW_PLANE.value[width]
+
+
+@triton.jit
+def load_words(tiles, TILE: tl.constexpr):
+    """One tile of a full block: int16 ``[64, 8]``."""
+    row = tl.arange(0, ROWS)
+    word = tl.arange(0, 8)
+    return tl.load(tiles + TILE * TILE_WORDS + row[:, None] * 8 + word[None, :])
+
+
+@triton.jit
+def load_planes(tiles, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """The words that hold 32 columns of a full block, of the low and the high plane (the low one if there is none)."""
+    LOW: tl.constexpr = low_plane(WIDTH)
+    low = load_words(tiles, GROUP * LOW // 4)
+    if WIDTH > LOW:
+        high = load_words(tiles, LOW + GROUP * (WIDTH - LOW) // 4)
+    else:
+        high = low
+    return low, high
+
+
+@triton.jit
+def plain_codes(low, high, WIDTH: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr):
+    """Code N of each word as int32."""
+    LOW: tl.constexpr = low_plane(WIDTH)
+    HIGH: tl.constexpr = WIDTH - LOW
+    code = (low.to(tl.int32) >> (4 * N + LOW * (GROUP % (4 // LOW)))) & ((1 << LOW) - 1)
+    if HIGH > 0:
+        above = (high.to(tl.int32) >> (4 * N + HIGH * (GROUP % (4 // HIGH)))) & ((1 << HIGH) - 1)
+        code = code | (above << LOW)
+    return code
+
+
+@triton.jit
+def plain_values(low, high, WIDTH: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr):
+    """Code N of each word at scale 1, float32, exact."""
+    HALF: tl.constexpr = 1 << (WIDTH - 1)
+    C0: tl.constexpr = linear_term(WIDTH)
+    t = (plain_codes(low, high, WIDTH, GROUP, N) - HALF).to(tl.float32) * (1.0 / HALF)
+    return t * (t * t + C0)
+
+
+@triton.jit
+def in_order(v0, v1, v2, v3):
+    """Codes 0..3 of eight words ``[64, 8]`` each, as 32 columns ``[64, 32]``; no instruction once compiled."""
+    joined = tl.join(tl.join(v0, v2), tl.join(v1, v3))
+    return tl.reshape(tl.permute(joined, (0, 2, 3, 1)), (ROWS, GROUP_COLS))
+
+
+@triton.jit
+def unpack_plain(low, high, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """32 columns at scale 1, float32 ``[64, 32]``."""
+    return in_order(
+        plain_values(low, high, WIDTH, GROUP, 0),
+        plain_values(low, high, WIDTH, GROUP, 1),
+        plain_values(low, high, WIDTH, GROUP, 2),
+        plain_values(low, high, WIDTH, GROUP, 3),
+    )
+
+
+@triton.jit
+def unpack(low, high, WIDTH: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
+    """32 columns at scale 1 as MMA operand ``[64, 32]`` of DTYPE."""
+    if PLAIN:
+        return unpack_plain(low, high, WIDTH, GROUP).to(DTYPE)
+    elif DTYPE == tl.float16:
+        v0, v1, v2, v3 = tl.inline_asm_elementwise(
+            unpack_text(WIDTH, GROUP, True),
+            "=r,=r,=r,=r,r,r",
+            [low, high],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+        return in_order(v0, v1, v2, v3)
+    else:
+        v0, v1, v2, v3 = tl.inline_asm_elementwise(
+            unpack_text(WIDTH, GROUP, False),
+            "=r,=r,=r,=r,r,r",
+            [low, high],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+        return in_order(v0, v1, v2, v3)
+
+
+@triton.jit
+def scale_from_byte(byte, exponent):
+    """The float32 scale of a byte (int32, 0..255) in a block with this exponent."""
+    magnitude = ((exponent << 4) + (byte & 127)) << 19
+    return (magnitude | ((byte >> 7) << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_scale_words(record, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+    """The scale bytes of each row of a full block: int16 ``[64]`` in groups of 64 columns, int32 in groups of 32."""
+    row = tl.arange(0, ROWS)
+    at = record + WIDTH * (2 * TILE_WORDS)
+    if SPAN == 64:
+        return tl.load(at.to(tl.pointer_type(tl.int16)) + row)
+    else:
+        return tl.load(at.to(tl.pointer_type(tl.int32)) + row)
+
+
+@triton.jit
+def scales_of(words, exponent, BYTE: tl.constexpr, SPAN: tl.constexpr, PLAIN: tl.constexpr):
+    """Scales float32 ``[64]`` of one group of columns."""
+    if PLAIN:
+        return scale_from_byte((words.to(tl.int32) >> (8 * BYTE)) & 255, exponent)
+    elif SPAN == 64:
+        return tl.inline_asm_elementwise(
+            scales_text(BYTE, 2),
+            "=r,=r,r,r,r",
+            [words, exponent << 23],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            scales_text(BYTE, 1),
+            "=r,r,r",
+            [words, exponent << 23],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def load_block_entry(blocks, index):
+    """(offset in 16-byte units int64, codec, exponent, kblock) of one entry of a work table."""
+    offset = tl.load(blocks + 2 * index).to(tl.int64)
+    meta = tl.load(blocks + 2 * index + 1)
+    return offset, meta & 255, (meta >> 8) & 255, meta >> 16
+
+
+@triton.jit
+def plane_fields(record, base, p, row, col, rows, cols, mask):
+    """Fields of ``p`` bits (0: none) at elements (row, col) of a plane of any block, int32."""
+    width = tl.maximum(p, 1)
+    words = (cols * width + 15) // 16
+    span = 128 // width
+    tile = col // span
+    across = tl.minimum(8, words - 8 * tile)
+    inside = col - tile * span
+    code = inside // across
+    word = inside - code * across
+    at = record + base + 2 * (rows * 8 * tile + row * across + word)
+    low = tl.load(at, mask=mask & (p > 0), other=0).to(tl.int32)
+    high = tl.load(at + 1, mask=mask & (p > 0), other=0).to(tl.int32)
+    bit = 4 * (code % 4) + width * (code // 4)
+    return ((low | (high << 8)) >> bit) & ((1 << p) - 1)
+
+
+@triton.jit
+def any_grid(record, codec, exponent, row, col, rows, cols, mask):
+    """Elements (row, col) of any grid block, float32, exactly as the codec decodes them."""
+    width = codec & 31
+    span = codec & 96
+    low_p = tl.where(width <= 3, 2, 4)
+    high_p = width - low_p
+    low_bytes = rows * 2 * ((cols * low_p + 15) // 16)
+    high_bytes = rows * 2 * ((cols * high_p + 15) // 16)
+    code = plane_fields(record, 0, low_p, row, col, rows, cols, mask)
+    code = code | (plane_fields(record, low_bytes, high_p, row, col, rows, cols, mask) << low_p)
+    at = record + low_bytes + high_bytes + row * ((cols + span - 1) // span) + col // span
+    scale = scale_from_byte(tl.load(at, mask=mask, other=0).to(tl.int32), exponent)
+    half = (1 << width) // 2
+    t = (code - half).to(tl.float32) / half.to(tl.float32)
+    return scale * (t * (t * t + any_linear_term(width)))
+
+
+@triton.jit
+def any_linear_term(width):
+    """C0 of a width that is known at run time only."""
+    c0 = tl.where(width == 2, linear_term(2), linear_term(3))
+    c0 = tl.where(width == 4, linear_term(4), c0)
+    c0 = tl.where(width == 5, linear_term(5), c0)
+    c0 = tl.where(width == 6, linear_term(6), c0)
+    return tl.where(width == 8, linear_term(8), c0)
+
+
+@triton.jit
+def any_raw(record, codec, row, col, cols, mask):
+    """Elements (row, col) of a raw_bf16 or raw_fp16 block, float32."""
+    at = record + 2 * (row * cols + col)
+    low = tl.load(at, mask=mask, other=0).to(tl.int32)
+    bits = low | (tl.load(at + 1, mask=mask, other=0).to(tl.int32) << 8)
+    from_bf16 = (bits << 16).to(tl.float32, bitcast=True)
+    from_fp16 = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.where(codec == _RAW_BF16, from_bf16, from_fp16)
+
+
+@triton.jit
+def any_values(record, codec, exponent, row, col, rows, cols, mask):
+    """Elements (row, col) of a block of any codec and size, float32; 0 where the mask is not set.
+
+    Args:
+        record: pointer to the record, uint8.
+        row, col: broadcastable int32 positions inside the block.
+        rows, cols: the size of the block.
+    """
+    if codec == _ZERO:
+        values = (row + col).to(tl.float32) * 0.0
+    elif codec == _RAW_BF16 or codec == _RAW_FP16:
+        values = any_raw(record, codec, row, col, cols, mask)
+    else:
+        values = any_grid(record, codec, exponent, row, col, rows, cols, mask)
+    return tl.where(mask, values, 0.0)

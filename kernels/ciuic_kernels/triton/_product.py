@@ -1,0 +1,182 @@
+"""The inner loop of every product: one work item times a tile of tokens, accumulated in float32.
+
+Weights are the left operand, so the 64 rows of a block lie along the long side of the MMA and 8 tokens suffice to
+fill it. A group of columns is multiplied at scale 1; its scales meet the float32 sums, ``64 x tokens`` multiplications
+instead of one for each weight, and no rounding.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ciuic_kernels.triton._blocks import (
+    COLS,
+    GROUP_COLS,
+    ROWS,
+    any_values,
+    group_of,
+    load_block_entry,
+    load_planes,
+    load_scale_words,
+    scales_of,
+    unpack,
+    width_of,
+)
+from ciuic_kernels.work import ANY as _ANY_KIND
+
+ANY = tl.constexpr(_ANY_KIND)
+ANY_COLS = tl.constexpr(16)  # the least that an MMA takes
+
+
+@triton.jit
+def grid_block(
+    total, arena, blocks, index, x_rows, KIND: tl.constexpr, BM: tl.constexpr, PLAIN: tl.constexpr
+):
+    """``total [64, BM]`` plus a full block times its 128 columns of x.
+
+    Args:
+        x_rows: pointers ``[1, BM]`` to the first column of each token, 16-bit floats.
+    """
+    WIDTH: tl.constexpr = width_of(KIND)
+    SPAN: tl.constexpr = group_of(KIND)
+    offset, _, exponent, kblock = load_block_entry(blocks, index)
+    record = arena + offset * 16
+    tiles = record.to(tl.pointer_type(tl.int16))
+    words = load_scale_words(record, WIDTH, SPAN)
+    column = tl.arange(0, GROUP_COLS)
+    part = tl.zeros((ROWS, BM), tl.float32)
+    for group in tl.static_range(4):
+        low, high = load_planes(tiles, WIDTH, group)
+        weights = unpack(low, high, WIDTH, group, x_rows.dtype.element_ty, PLAIN)
+        x = tl.load(x_rows + (kblock * COLS + group * GROUP_COLS + column)[:, None])
+        part = tl.dot(weights, x, part)
+        if (group + 1) * GROUP_COLS % SPAN == 0:
+            scales = scales_of(words, exponent, group * GROUP_COLS // SPAN, SPAN, PLAIN)
+            total += part * scales[:, None]
+            part = tl.zeros((ROWS, BM), tl.float32)
+    return total
+
+
+@triton.jit
+def any_block(total, arena, blocks, index, x_rows, strip, n, k, BM: tl.constexpr):
+    """The same for a block of any codec and size, few columns at a time: it needs many registers for each."""
+    offset, codec, exponent, kblock = load_block_entry(blocks, index)
+    record = arena + offset * 16
+    rows = tl.minimum(ROWS, n - strip * ROWS)
+    cols = tl.minimum(COLS, k - kblock * COLS)
+    row = tl.arange(0, ROWS)[:, None]
+    for first in range(0, cols, ANY_COLS):
+        column = first + tl.arange(0, ANY_COLS)
+        mask = (row < rows) & (column[None, :] < cols)
+        values = any_values(record, codec, exponent, row, column[None, :], rows, cols, mask)
+        x = tl.load(x_rows + (kblock * COLS + column)[:, None], mask=(column < cols)[:, None], other=0.0)
+        total = tl.dot(values.to(x.dtype), x, total)
+    return total
+
+
+@triton.jit
+def add_item(
+    total,
+    arena,
+    blocks,
+    item,
+    x_rows,
+    strip,
+    n,
+    k,
+    KINDS: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """``total [64, BM]`` plus one work item of a strip times a tile of tokens.
+
+    Args:
+        item: pointer to its three integers.
+        x_rows: pointers ``[1, BM]`` to the first column of each token, 16-bit floats.
+        KINDS: the kinds that the parameter's items have, known before the launch.
+    """
+    kind = tl.load(item)
+    first = blocks + 2 * tl.load(item + 1).to(tl.int64)
+    count = tl.load(item + 2)
+    for i in tl.static_range(len(KINDS)):
+        if kind == KINDS[i]:
+            if KINDS[i] == ANY:
+                for index in range(0, count):
+                    total = any_block(total, arena, first, index, x_rows, strip, n, k, BM)
+            else:
+                for index in tl.range(0, count, num_stages=STAGES):
+                    total = grid_block(total, arena, first, index, x_rows, KINDS[i], BM, PLAIN)
+    return total
+
+
+@triton.jit
+def part_of_strip(
+    arena,
+    work,
+    matrix,
+    strip,
+    part,
+    parts,
+    x_rows,
+    n,
+    k,
+    items,
+    strips,
+    items_at,
+    strips_at,
+    KINDS: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """One of ``parts`` shares of a strip's items times a tile of tokens: float32 ``[64, BM]``.
+
+    Args:
+        matrix: int64, which matrix of the parameter.
+    """
+    span = work + strips_at + 2 * (matrix * strips + strip)
+    first_item = tl.load(span)
+    number = tl.load(span + 1)
+    total = tl.zeros((ROWS, BM), tl.float32)
+    for i in range(number * part // parts, number * (part + 1) // parts):
+        item = work + items_at + 3 * (matrix * items + first_item + i)
+        total = add_item(total, arena, work, item, x_rows, strip, n, k, KINDS, BM, STAGES, PLAIN)
+    return total
+
+
+@triton.jit
+def sum_of_parts(total, workspace, counter, slot, part, parts, BM: tl.constexpr):
+    """Leave one part of a strip in the workspace; the last program of the strip gets the sum of all, and True.
+
+    Args:
+        workspace: float32 ``[slots, parts, 64, BM]``.
+        counter: pointer to the strip's counter; zero again afterwards.
+        slot: int64.
+    """
+    inside = tl.arange(0, ROWS)[:, None] * BM + tl.arange(0, BM)[None, :]
+    sums = workspace + slot * parts * (ROWS * BM) + inside
+    tl.store(sums + part * (ROWS * BM), total)
+    tl.debug_barrier()  # every thread has stored before one says so
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    last = arrived == parts - 1
+    if last:
+        tl.store(counter, 0)
+        total = tl.zeros((ROWS, BM), tl.float32)
+        for other in range(0, parts):
+            total += tl.load(sums + other * (ROWS * BM), cache_modifier=".cg")
+    return total, last
+
+
+@triton.jit
+def store_rows(total, out, out_rows, valid, strip, n):
+    """``total [64, BM]`` as 64 columns of rows of ``out [*, n]``.
+
+    Args:
+        out_rows: int ``[BM]``, which rows; ``valid [BM]``, whether they exist.
+    """
+    row = strip * ROWS + tl.arange(0, ROWS)
+    at = out + out_rows[None, :].to(tl.int64) * n + row[:, None]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(row < n)[:, None] & valid[None, :])
