@@ -19,8 +19,8 @@ from rich.table import Table
 from ciuic_hf.bench.machine import machine_name
 from ciuic_kernels import BlockGrid, codec_by_name
 from ciuic_kernels.cpu import native
-from ciuic_kernels.layout import validate
-from ciuic_kernels.ops._products import dense_product
+from ciuic_kernels.derived import derive
+from ciuic_kernels.ops._products import Matrix, dense_product, fused_product
 from ciuic_kernels.packing import encode_tensor
 
 SHAPES = ((1536, 576), (4096, 1024), (4096, 7168))
@@ -57,14 +57,15 @@ def _measure_shape(shape: tuple[int, int], codec: str, repeats: int) -> list[Pro
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     ids = torch.full((grid.strips, grid.kblocks), codec_by_name(codec).id, dtype=torch.uint8)
     packed = encode_tensor(weight, ids)
-    stored = packed.arena, packed.tags, validate(packed)
+    derived = derive(packed.tags, grid, packed.arena.numel())
+    matrix = Matrix(packed.arena, packed.tags, *derived, *shape)
     rows = []
     for count in ROWS:
         x = torch.randn(count, shape[1]).to(torch.bfloat16)
         works = (
             partial(torch.nn.functional.linear, x, weight),
-            partial(native.products, x, 1, native.groups_of_all(count), *stored, shape[0]),
-            partial(dense_product, x, *stored, shape[0]),
+            partial(fused_product, x, 1, native.groups_of_all(count), matrix),
+            partial(dense_product, x, matrix),
         )
         bf16, fused, dense = _interleave(works, repeats)
         rows.append(ProductRow(shape, codec, count, bf16, fused, dense, machine_name()))

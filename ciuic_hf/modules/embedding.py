@@ -26,9 +26,9 @@ class CiuicEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """ids ``[...]`` -> ``[..., H]`` in ``dense_dtype``."""
-        arena, tags, offsets = self.weight, self.weight_tags, self.offsets("weight")
+        rows, cols = self.num_embeddings, self.embedding_dim
         return ops.embedding(
-            input, arena, tags, offsets, self.num_embeddings, self.embedding_dim, self.dense_dtype
+            input, self.weight, self.weight_tags, *self.derived("weight"), rows, cols, self.dense_dtype
         )
 
     def extra_repr(self) -> str:

@@ -53,7 +53,7 @@ class CiuicExperts(PackedModule):
     def _products(self, x: Tensor, expert_ids: Tensor, name: str) -> Tensor:
         arena, tags = getattr(self, name), getattr(self, f"{name}_tags")
         _, rows, cols = self.packed_shapes[name]
-        return ops.expert_linear(x, expert_ids, arena, tags, self.offsets(name), rows, cols)
+        return ops.expert_linear(x, expert_ids, arena, tags, *self.derived(name), rows, cols)
 
     def dense_class(self) -> type[nn.Module]:
         return type(self).__bases__[1]

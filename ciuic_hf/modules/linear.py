@@ -44,7 +44,9 @@ class CiuicLinear(PackedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K] -> [..., N]`` in the input's dtype."""
         rows, cols = self.out_features, self.in_features
-        return ops.linear(input, self.weight, self.weight_tags, self.offsets("weight"), self.bias, rows, cols)
+        return ops.linear(
+            input, self.weight, self.weight_tags, *self.derived("weight"), self.bias, rows, cols
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.packed_repr()}"

@@ -2,7 +2,7 @@
 
 A compressed parameter keeps its name and holds the arena, 1-D uint8; ``<name>_tags`` holds the tags. Both are
 ``nn.Parameter`` without gradient, because accelerate offloads parameters and tensors of that name are what a
-checkpoint stores. Strip offsets are derived, never saved, and follow the module from device to device.
+checkpoint stores. What operators need besides is derived at load, on each device, and never saved.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ciuic_hf.errors import CiuicError
 from ciuic_kernels import BlockGrid, PackedTensor, ops
-from ciuic_kernels.layout import FormatError, strip_offsets
+from ciuic_kernels.derived import Derived, derive
+from ciuic_kernels.layout import FormatError
 
 TAGS = "_tags"
 
@@ -48,10 +49,10 @@ class PackedModule(nn.Module):
 
     packed_shapes: dict[str, tuple[int, ...]]
     dense_dtype: torch.dtype
-    _offsets: dict[str, Tensor]
+    _derived: dict[tuple[str, torch.device], Derived]
 
     def _declare_packed(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.packed_shapes, self.dense_dtype, self._offsets = shapes, dtype, {}
+        self.packed_shapes, self.dense_dtype, self._derived = shapes, dtype, {}
 
     def set_packed(self, name: str, packed: PackedTensor) -> None:
         """Install a compressed parameter. Raises CiuicError when its shape is another one."""
@@ -61,7 +62,7 @@ class PackedModule(nn.Module):
             )
         self.register_parameter(name, nn.Parameter(packed.arena, requires_grad=False))
         self.register_parameter(name + TAGS, nn.Parameter(packed.tags, requires_grad=False))
-        self._offsets.pop(name, None)
+        self._forget(name)
 
     def packed(self, name: str) -> PackedTensor:
         """A compressed parameter with its tags."""
@@ -69,30 +70,33 @@ class PackedModule(nn.Module):
             self.packed_shapes[name], getattr(self, name).data, getattr(self, name + TAGS).data
         )
 
-    def offsets(self, name: str) -> Tensor:
-        """int64 ``[matrices * strips + 1]``, validated when first derived. Raises CiuicError."""
+    def _forget(self, name: str) -> None:
+        self._derived = {key: value for key, value in self._derived.items() if key[0] != name}
+
+    def derived(self, name: str) -> Derived:
+        """What operators take after arena and tags; checked when first derived on a device. Raises CiuicError."""
         tags = getattr(self, name + TAGS)
-        cached = self._offsets.get(name)
-        if cached is None or cached.device != tags.device:
+        cached = self._derived.get((name, tags.device))
+        if cached is None:
             grid = BlockGrid(tuple(self.packed_shapes[name]))
             try:
-                cached = strip_offsets(tags.data, grid, getattr(self, name).numel())
+                cached = derive(tags.data, grid, getattr(self, name).numel())
             except FormatError as error:
                 raise CiuicError(f"{type(self).__name__}.{name}: {error}") from None
-            self._offsets[name] = cached
+            self._derived[name, tags.device] = cached
         return cached
 
     def prepare(self) -> None:
-        """Derive and check all offsets now (weights must be on a real device)."""
+        """Check all parameters now and derive what operators need (weights must be on a real device)."""
         for name in self.packed_shapes:
             if getattr(self, name).device.type != "meta":
-                self.offsets(name)
+                self.derived(name)
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The dense parameter, ``[N, K]`` or ``[E, N, K]``."""
         rows, cols = self.packed_shapes[name][-2:]
         arena, tags = getattr(self, name), getattr(self, name + TAGS)
-        return ops.dequantize(arena, tags, self.offsets(name), rows, cols, dtype or self.dense_dtype)
+        return ops.dequantize(arena, tags, *self.derived(name), rows, cols, dtype or self.dense_dtype)
 
     def dense_class(self) -> type[nn.Module]:
         """The class this module had before it was compressed."""
@@ -105,7 +109,7 @@ class PackedModule(nn.Module):
             del self._parameters[name + TAGS]
             self._parameters[name] = dense
         dense_class = self.dense_class()
-        for name in ("packed_shapes", "dense_dtype", "_offsets"):
+        for name in ("packed_shapes", "dense_dtype", "_derived"):
             del self.__dict__[name]
         self.__class__ = dense_class  # type: ignore[assignment]
         return self
@@ -114,12 +118,12 @@ class PackedModule(nn.Module):
         # Arenas are bytes, so .to(dtype) leaves them alone; the dtype of dense results follows like a weight's.
         super()._apply(fn, recurse)
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
-        self._offsets = {name: fn(offsets) for name, offsets in self._offsets.items()}
+        self._derived = {}
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._offsets = {}
+        self._derived = {}
 
     def packed_repr(self) -> str:
         """``weight: 4.25 bits`` for each compressed parameter."""

@@ -1,4 +1,4 @@
-"""Which implementation runs an operator: a pure function of the device, with one switch.
+"""Which implementation serves a device, with one switch.
 
 ``CIUIC_IMPL=reference`` forces the torch reference everywhere; there is no other switch.
 """
@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import lru_cache
 
 import torch
 
+from ciuic_kernels import tuning
 from ciuic_kernels.cpu import native
+from ciuic_kernels.device import device_facts
+from ciuic_kernels.selection import Choice, choose
 
 _said: set[str] = set()
 
@@ -22,11 +26,37 @@ def say_once(message: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
+def forced_reference() -> bool:
+    """Whether the user asks for the torch reference."""
+    return os.environ.get("CIUIC_IMPL") == "reference"
+
+
 def use_native(device: torch.device) -> bool:
     """Whether the compiled CPU kernels serve this device; says once why they do not."""
-    if device.type != "cpu" or os.environ.get("CIUIC_IMPL") == "reference":
+    if device.type != "cpu" or forced_reference():
         return False
     if not native.available():
         say_once(f"Ciuic runs its slow torch reference on this CPU: {native.unavailable_reason()}.")
         return False
     return True
+
+
+def use_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels serve this device; says once why they do not, unless it is a CPU."""
+    if forced_reference():
+        return False
+    reason = device_facts(device).reason
+    if reason and device.type not in ("cpu", "meta"):
+        say_once(f"Ciuic runs its slow torch reference on {device.type}: {reason}.")
+    return not reason
+
+
+@lru_cache(maxsize=4096)
+def _choice(op: str, tokens: int, weights: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    facts = device_facts(device)
+    return choose(op, tokens, weights, dtype, facts, tuning.rules_for(facts.name, tuning.triton_minor()))
+
+
+def product_choice(op: str, tokens: int, weights: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """What ``choose`` says for a device that ``use_triton`` accepts, with the tables of this machine."""
+    return _choice(op, tokens, weights, dtype, device)

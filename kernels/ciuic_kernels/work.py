@@ -30,6 +30,9 @@ from ciuic_kernels.layout import FormatError, block_nbytes
 ANY = 255
 """Kind of the blocks that only the general decoder reads: at an edge, raw, or sparse."""
 
+LINEAR_SLOTS = 8
+"""Rows of counters of a matrix: up to so many tiles of tokens, programs share strips."""
+
 ROUTED_SLOTS = 64
 """Rows of counters of fused experts: up to so many routed rows, programs share strips."""
 
@@ -46,14 +49,16 @@ class WorkShape:
     strips: int
     kblocks: int
     items: int
+    slots: int
 
     @classmethod
     def of(cls, work: Tensor, tags: Tensor) -> WorkShape:
         """The shape of a table, from its length and the shape of the tags."""
         strips, kblocks = tags.shape[-3], tags.shape[-2]
         matrices = tags.shape[0] if tags.dim() == 4 else 1
-        fixed = 2 * matrices * strips * (kblocks + 1) + slots(matrices) * strips
-        return cls(matrices, strips, kblocks, (work.numel() - fixed) // (3 * matrices))
+        rows = slots(routed=tags.dim() == 4)
+        fixed = 2 * matrices * strips * (kblocks + 1) + rows * strips
+        return cls(matrices, strips, kblocks, (work.numel() - fixed) // (3 * matrices), rows)
 
     @property
     def items_at(self) -> int:
@@ -69,12 +74,12 @@ class WorkShape:
 
     @property
     def numel(self) -> int:
-        return self.counters_at + slots(self.matrices) * self.strips
+        return self.counters_at + self.slots * self.strips
 
 
-def slots(matrices: int) -> int:
-    """Rows of counters: one for a plain matrix."""
-    return 1 if matrices == 1 else ROUTED_SLOTS
+def slots(routed: bool) -> int:
+    """Rows of counters of a matrix, or of fused experts."""
+    return ROUTED_SLOTS if routed else LINEAR_SLOTS
 
 
 def item_nbytes(nbytes: int, matrices: int, processors: int) -> int:
@@ -111,7 +116,8 @@ def build_work(tags: Tensor, grid: BlockGrid, target: int) -> tuple[Tensor, list
     blocks = _blocks(tags, ids, nbytes, grid).gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
     sizes = nbytes.view_as(ids).gather(1, order)
     items, ranges = _items(kinds, sizes, target, grid)
-    counters = torch.zeros(slots(grid.matrices) * grid.strips, dtype=torch.int32, device=tags.device)
+    rows = slots(routed=len(grid.shape) == 3)
+    counters = torch.zeros(rows * grid.strips, dtype=torch.int32, device=tags.device)
     work = torch.cat([blocks.flatten(), items.flatten(), ranges.flatten(), counters])
     present = sorted(set(kinds.unique().tolist()) - {_LAST})
     return work, present

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ciuic_kernels.layout import validate
+from ciuic_kernels.derived import Derived, derive
 from ciuic_kernels.packing import decode_tensor
 from tests.kernels.samples import generator, implementation, packed_sample
 
@@ -22,7 +22,7 @@ class Operand:
 
     arena: Tensor
     tags: Tensor
-    offsets: Tensor
+    derived: Derived
     dense: Tensor
 
     @property
@@ -34,8 +34,8 @@ class Operand:
         return self.dense.shape[-1]
 
     @property
-    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.arena, self.tags, self.offsets
+    def stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+        return self.arena, self.tags, *self.derived
 
 
 @cache
@@ -43,7 +43,8 @@ def operand(shape: tuple[int, ...]) -> Operand:
     """A parameter with blocks of every codec; do not write to it."""
     with implementation("reference"):
         packed = packed_sample(shape)
-        return Operand(packed.arena, packed.tags, validate(packed), decode_tensor(packed))
+        derived = derive(packed.tags, packed.grid, packed.arena.numel())
+        return Operand(packed.arena, packed.tags, derived, decode_tensor(packed))
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

@@ -83,9 +83,9 @@ def test_only_routed_experts_are_read() -> None:
     w = operand((4, 70, 300))
     strips = w.tags.shape[1]
     arena = w.arena.clone()
-    arena[int(w.offsets[strips]) : int(w.offsets[3 * strips])] = 255
+    arena[int(w.derived.offsets[strips]) : int(w.derived.offsets[3 * strips])] = 255
     ids, x = torch.tensor([[0, 3]] * 5), activations(5, w.cols)
-    y = ops.expert_linear(x, ids, arena, w.tags, w.offsets, w.rows, w.cols)
+    y = ops.expert_linear(x, ids, arena, w.tags, *w.derived, w.rows, w.cols)
     assert_routed(y, x, ids, w)
 
 

@@ -50,6 +50,6 @@ def test_kinds_of_ids(ids: torch.Tensor) -> None:
 def test_only_the_strips_asked_for_are_read() -> None:
     w = operand((150, 576))
     arena = w.arena.clone()
-    arena[int(w.offsets[1]) :] = 255
-    rows = ops.embedding(torch.tensor([0, 63]), arena, w.tags, w.offsets, w.rows, w.cols, torch.float32)
+    arena[int(w.derived.offsets[1]) :] = 255
+    rows = ops.embedding(torch.tensor([0, 63]), arena, w.tags, *w.derived, w.rows, w.cols, torch.float32)
     assert torch.equal(rows, w.dense[[0, 63]])

@@ -1,18 +1,23 @@
-"""What linear and expert_linear share: dense products strip by strip, and inputs for the compiled kernel."""
+"""What linear and expert_linear share: a matrix as dense bands, and inputs for the compiled kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ciuic_kernels.cpu import native
+from ciuic_kernels.dispatch import use_triton
 from ciuic_kernels.format import BLOCK_ROWS
 from ciuic_kernels.packing import decode_strips
 
 SCRATCH_WEIGHTS = 4 << 20
-"""Weights decoded at a time for a dense product: bounds the scratch at 8 MB in bfloat16."""
+"""Weights decoded at a time for a dense product: 8 MB in bfloat16 stay in a CPU's cache."""
+
+GPU_SCRATCH_WEIGHTS = 32 << 20
+"""The same on a GPU, where a GEMM wants many rows: 64 MB."""
 
 NATIVE_ROWS = 12
 """Rows of x up to which the fused kernel beats decode-then-GEMM on a CPU (docs/adr/003)."""
@@ -30,47 +35,74 @@ def check_input(x: Tensor, cols: int, arena: Tensor) -> None:
         raise ValueError(f"x is on {x.device}, the compressed weight on {arena.device}; move one of them.")
 
 
-def dense_strips(
-    arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, cols: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
-    """One matrix as dense bands ``(row slice, [band, cols])``, each within the scratch bound."""
-    step = max(1, SCRATCH_WEIGHTS // (cols * BLOCK_ROWS))
-    for first in range(0, tags.shape[0], step):
-        strips = range(first, min(first + step, tags.shape[0]))
-        band = decode_strips(arena, tags, offsets, (rows, cols), strips, dtype)
-        yield slice(first * BLOCK_ROWS, first * BLOCK_ROWS + band.shape[0]), band
+class Matrix(NamedTuple):
+    """One matrix ``[rows, cols]`` of a compressed parameter.
+
+    Attributes:
+        arena, work, kinds: of the whole parameter.
+        tags: uint8 of the parameter, ``[strips, kblocks, 2]`` or ``[E, strips, kblocks, 2]``.
+        offsets: int64, strip offsets of the parameter.
+        which: which of its matrices.
+    """
+
+    arena: Tensor
+    tags: Tensor
+    offsets: Tensor
+    work: Tensor
+    kinds: list[int]
+    rows: int
+    cols: int
+    which: int = 0
+
+    @property
+    def strips(self) -> int:
+        return self.tags.shape[-3]
+
+    def decode(self, strips: range, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Some strips as ``[rows of the strips, cols]``, each value rounded once from float32."""
+        if use_triton(self.arena.device):
+            from ciuic_kernels.triton.dequantize import dequantize  # the first kernel imports Triton
+
+            return dequantize(
+                arena=self.arena, tags=self.tags, work=self.work, kinds=self.kinds, rows=self.rows,
+                cols=self.cols, strips=strips, dtype=dtype, matrix=self.which, out=out,
+            )  # fmt: skip
+        tags = self.tags.view(-1, *self.tags.shape[-3:])[self.which]
+        offsets = self.offsets[self.which * self.strips :]
+        return decode_strips(self.arena, tags, offsets, (self.rows, self.cols), strips, dtype, out)
+
+    def bands(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The matrix as dense bands ``(row slice, [band, cols])``, each within the scratch bound."""
+        scratch = SCRATCH_WEIGHTS if self.arena.device.type == "cpu" else GPU_SCRATCH_WEIGHTS
+        step = max(1, scratch // (self.cols * BLOCK_ROWS))
+        for first in range(0, self.strips, step):
+            band = self.decode(range(first, min(first + step, self.strips)), dtype)
+            yield slice(first * BLOCK_ROWS, first * BLOCK_ROWS + band.shape[0]), band
 
 
-def dense_product(
-    x: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, rows: int, out: Tensor | None = None
-) -> Tensor:
-    """``x [M, K] @ W.T`` into ``[M, rows]`` of x's dtype, one band of W at a time."""
+def dense_product(x: Tensor, matrix: Matrix, out: Tensor | None = None) -> Tensor:
+    """``x [M, K] @ W.T`` into ``[M, N]`` of x's dtype, one band of W at a time."""
     if out is None:
-        out = x.new_empty(x.shape[0], rows)
-    for band, weight in dense_strips(arena, tags, offsets, rows, x.shape[1], x.dtype):
-        if weight.shape[0] == rows:
+        out = x.new_empty(x.shape[0], matrix.rows)
+    for band, weight in matrix.bands(x.dtype):
+        if weight.shape[0] == matrix.rows:
             return torch.mm(x, weight.t(), out=out)
         out[:, band] = torch.mm(x, weight.t())
     return out
 
 
-def dense_transposed_product(grad: Tensor, arena: Tensor, tags: Tensor, offsets: Tensor, cols: int) -> Tensor:
-    """``grad [M, N] @ W`` into ``[M, cols]``: the gradient with respect to x."""
-    total = torch.zeros(grad.shape[0], cols, dtype=torch.float32, device=grad.device)
-    for band, weight in dense_strips(arena, tags, offsets, grad.shape[1], cols, grad.dtype):
+def dense_transposed_product(grad: Tensor, matrix: Matrix) -> Tensor:
+    """``grad [M, N] @ W`` into ``[M, K]``: the gradient with respect to x."""
+    total = torch.zeros(grad.shape[0], matrix.cols, dtype=torch.float32, device=grad.device)
+    for band, weight in matrix.bands(grad.dtype):
         total += torch.mm(grad[:, band], weight)
     return total.to(grad.dtype)
 
 
-def fused_product(
-    x: Tensor,
-    fan: int,
-    groups: tuple[Tensor, Tensor, Tensor],
-    arena: Tensor,
-    tags: Tensor,
-    offsets: Tensor,
-    rows: int,
-) -> Tensor:
-    """``native.products`` for any float dtype: ``[M * fan, rows]`` of x's dtype."""
+def fused_product(x: Tensor, fan: int, groups: tuple[Tensor, Tensor, Tensor], matrix: Matrix) -> Tensor:
+    """``native.products`` for any float dtype: ``[M * fan, N]`` of x's dtype."""
     direct = x if x.dtype in native.DIRECT else x.float()
-    return native.products(direct.contiguous(), fan, groups, arena, tags, offsets, rows).to(x.dtype)
+    y = native.products(
+        direct.contiguous(), fan, groups, matrix.arena, matrix.tags, matrix.offsets, matrix.rows
+    )
+    return y.to(x.dtype)

@@ -66,7 +66,7 @@ class _Program:
     def number(self, source: str, position: int, width: int, unit: int) -> tuple[str, float]:
         """The field as the float B + q / 2^unit; returns register and B."""
         room = self.mantissa - width
-        right = next((s for s in (0, 8, position) if 0 <= position - s <= room))
+        right = next(s for s in (0, 8, position) if 0 <= position - s <= room)
         place = position - right
         base = 2.0 ** (self.mantissa - place - unit)
         mask = f"0x{(((1 << width) - 1) << place) * 0x10001:08X}"

@@ -29,6 +29,11 @@ _RAW_FP16 = tl.constexpr(RAW_FP16.id)
 _ZERO = tl.constexpr(ZERO.id)
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels (TRITON_INTERPRET=1), where PTX is not to be had."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 @triton.constexpr_function
 def unpack_text(width, group, half):
     return _UNPACK.value[f"{width} {group} {int(half)}"]

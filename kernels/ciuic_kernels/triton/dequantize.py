@@ -86,11 +86,18 @@ def dequantize(
     strips: range,
     dtype: torch.dtype,
     matrix: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Some strips of one matrix: ``[rows of the strips, cols]`` of ``dtype``, each value rounded once."""
+    """Some strips of one matrix as ``[rows of the strips, cols]`` of ``dtype``, each value rounded once from float32.
+
+    Args:
+        matrix: which matrix of the parameter.
+        out: where to write them, contiguous; a new tensor when None.
+    """
     shape = WorkShape.of(work, tags)
     height = min(rows, strips.stop * BLOCK_ROWS) - strips.start * BLOCK_ROWS
-    out = torch.empty(height, cols, dtype=dtype, device=arena.device)
+    if out is None:
+        out = torch.empty(height, cols, dtype=dtype, device=arena.device)
     first_block = (matrix * shape.strips + strips.start) * shape.kblocks
     dequantize_kernel[(len(strips) * shape.kblocks,)](
         arena,

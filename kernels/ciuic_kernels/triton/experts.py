@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ciuic_kernels.format import BLOCK_ROWS
-from ciuic_kernels.triton._blocks import ROWS
-from ciuic_kernels.triton._launch import Launch, interpreted
+from ciuic_kernels.selection import Launch
+from ciuic_kernels.triton._blocks import ROWS, interpreted
 from ciuic_kernels.triton._product import part_of_strip, store_rows, sum_of_parts
 from ciuic_kernels.work import ROUTED_SLOTS, WorkShape
 
@@ -184,7 +184,7 @@ def expert_linear(
         "num_warps": launch.num_warps,
     }
     if pairs <= ROUTED_SLOTS:
-        parts = launch.parts(shape, matrices=pairs)
+        parts = launch.parts(shape.strips, shape.items, pairs)
         out = x.new_empty(pairs, rows)
         sums = pairs * shape.strips * parts * BLOCK_ROWS * launch.block_m if parts > 1 else 0
         workspace = torch.empty(sums, dtype=torch.float32, device=x.device)

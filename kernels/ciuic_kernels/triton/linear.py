@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ciuic_kernels.format import BLOCK_ROWS
-from ciuic_kernels.triton._blocks import ROWS
-from ciuic_kernels.triton._launch import Launch, interpreted
+from ciuic_kernels.format import BLOCK_ROWS, ceil_div
+from ciuic_kernels.selection import Launch
+from ciuic_kernels.triton._blocks import ROWS, interpreted
 from ciuic_kernels.triton._product import part_of_strip, store_rows, sum_of_parts
-from ciuic_kernels.work import WorkShape
+from ciuic_kernels.work import LINEAR_SLOTS, WorkShape
 
 
 @triton.jit(do_not_specialize=["m", "parts", "items", "strips", "items_at", "strips_at", "counters_at"])
@@ -44,7 +44,8 @@ def linear_kernel(
 ):
     strip = tl.program_id(0)
     part = tl.program_id(1)
-    token = tl.arange(0, BM)
+    tile = tl.program_id(2)
+    token = tile * BM + tl.arange(0, BM)
     x_rows = (x + tl.minimum(token, m - 1).to(tl.int64) * k)[None, :]
     matrix = strip.to(tl.int64) * 0
     total = part_of_strip(
@@ -53,8 +54,9 @@ def linear_kernel(
     )  # fmt: skip
     complete = parts == 1
     if parts > 1:
-        counter = work + counters_at + strip
-        total, complete = sum_of_parts(total, workspace, counter, strip.to(tl.int64), part, parts, BM)
+        slot = tile * strips + strip
+        counter = work + counters_at + slot
+        total, complete = sum_of_parts(total, workspace, counter, slot.to(tl.int64), part, parts, BM)
     if complete:
         if HAS_BIAS:
             row = strip * ROWS + tl.arange(0, ROWS)
@@ -76,19 +78,20 @@ def linear(
     """``x [M, K] @ W.T + bias`` as ``[M, rows]`` of x's dtype.
 
     Args:
-        x: float16 or bfloat16, contiguous; M at most ``launch.block_m``.
+        x: float16 or bfloat16, contiguous.
         work, kinds: from ``work.build_work``.
         bias: ``[rows]`` or None.
     """
     shape, (tokens, cols) = WorkShape.of(work, tags), x.shape
-    parts = launch.parts(shape, matrices=1)
+    tiles = ceil_div(tokens, launch.block_m)
+    parts = launch.parts(shape.strips, shape.items, tiles) if tiles <= LINEAR_SLOTS else 1
     out = x.new_empty(tokens, rows)
     workspace = torch.empty(
-        shape.strips * parts * BLOCK_ROWS * launch.block_m if parts > 1 else 0,
+        tiles * shape.strips * parts * BLOCK_ROWS * launch.block_m if parts > 1 else 0,
         dtype=torch.float32,
         device=x.device,
     )
-    linear_kernel[(shape.strips, parts)](
+    linear_kernel[(shape.strips, parts, tiles)](
         x, arena, work, bias, out, workspace, tokens, rows, cols, parts,
         shape.items, shape.strips, shape.items_at, shape.strips_at, shape.counters_at,
         HAS_BIAS=bias is not None, KINDS=tuple(kinds), BM=launch.block_m, STAGES=launch.num_stages,

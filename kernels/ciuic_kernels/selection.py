@@ -1,0 +1,128 @@
+"""Which kernel computes a product, and with which launch: pure functions of sizes, dtype and device facts.
+
+A product of few tokens runs fused: weights go from their blocks to the MMA. From some number of tokens on the matrix
+is decoded in bands and multiplied by the vendor's GEMM, which costs the traffic of a decoded copy but runs at full
+speed. A table of *rules* says where the change is and how fused kernels are launched; the first rule that fits wins.
+Tables measured on a GPU (``tuning.py``) come before the defaults here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ciuic_kernels.device import DeviceFacts
+from ciuic_kernels.format import ceil_div
+
+MAX_TOKENS = 1 << 62
+LINEAR, EXPERTS = "linear", "expert_linear"
+SIZES = {"small": 16 << 20, "medium": 60 << 20, "large": MAX_TOKENS}
+"""Classes of matrices by the largest number of weights in each."""
+
+PROGRAMS_PER_PROCESSOR = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a fused product is launched.
+
+    Attributes:
+        block_m: tokens of a tile, a power of two, 8 at least.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline; two of its stages follow the work table.
+        programs: how many programs a launch should have; strips are cut into parts to get there.
+    """
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+    def parts(self, strips: int, items: int, matrices: int) -> int:
+        """Programs for each strip, when ``matrices`` matrices of so many items are multiplied at once."""
+        return max(1, min(ceil_div(items, strips), ceil_div(self.programs, strips * max(1, matrices))))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A range of sizes and what runs there.
+
+    Attributes:
+        op: ``linear`` or ``expert_linear``.
+        max_tokens: largest number of tokens, or of tokens per expert.
+        size: a key of ``SIZES``, or None for every matrix.
+        launch: ``(block_m, num_warps, num_stages)`` of the fused kernel, None for decode-then-GEMM.
+    """
+
+    op: str
+    max_tokens: int
+    size: str | None
+    launch: tuple[int, int, int] | None
+
+
+DEFAULT_RULES = (
+    Rule(LINEAR, 8, None, (8, 1, 6)),
+    Rule(LINEAR, 16, None, (16, 1, 6)),
+    Rule(LINEAR, 32, None, (32, 2, 4)),
+    Rule(LINEAR, 128, None, (64, 4, 4)),
+    Rule(LINEAR, MAX_TOKENS, None, None),
+    Rule(EXPERTS, 8, None, (8, 1, 6)),
+    Rule(EXPERTS, 16, None, (16, 1, 6)),
+    Rule(EXPERTS, 32, None, (32, 2, 4)),
+    Rule(EXPERTS, MAX_TOKENS, None, (64, 4, 4)),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, with how it is launched, and why.
+
+    Attributes:
+        name: ``fused`` (one Triton kernel), ``dense`` (decode with Triton, multiply with the vendor's GEMM), or
+            ``reference`` (torch).
+    """
+
+    name: str
+    launch: Launch | None
+    reason: str
+
+
+def size_class(weights: int) -> str:
+    """The class of a matrix of so many weights."""
+    return next(name for name, limit in SIZES.items() if weights <= limit)
+
+
+def choose(
+    op: str,
+    tokens: int,
+    weights: int,
+    dtype: torch.dtype,
+    facts: DeviceFacts,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+) -> Choice:
+    """The kernel of a product on a GPU.
+
+    Args:
+        op: ``linear`` or ``expert_linear``.
+        tokens: rows of x; for experts, rows per expert, rounded up.
+        weights: weights of one matrix.
+        dtype: of x.
+        rules: in the order they are tried; the last of an operator must fit everything.
+    """
+    if facts.reason:
+        return Choice("reference", None, facts.reason)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return Choice(
+            "dense", None, f"x is {str(dtype).removeprefix('torch.')}, which fused kernels do not take"
+        )
+    size = size_class(weights)
+    rule = next(r for r in rules if r.op == op and tokens <= r.max_tokens and r.size in (None, size))
+    limit = "" if rule.max_tokens == MAX_TOKENS else f", up to {rule.max_tokens} tokens"
+    if rule.launch is None:
+        return Choice("dense", None, f"{size} matrix, many tokens: decode bands, then GEMM{limit}")
+    launch = Launch(*rule.launch, programs=PROGRAMS_PER_PROCESSOR * facts.processors)
+    return Choice(
+        "fused", launch, f"{size} matrix{limit}: tiles of 64 x {launch.block_m}, {launch.num_warps} warps"
+    )
