@@ -83,10 +83,11 @@ def refusing(dtype: torch.dtype) -> tuple[str, ...]:
     return () if dtype == torch.float16 else ("raw_fp16",)
 
 
-def packed_sample(shape: tuple[int, ...], seed: int = 0) -> PackedTensor:
-    """A parameter whose blocks are in every codec, at random; weights are float16, which all codecs take."""
+def packed_sample(shape: tuple[int, ...], seed: int = 0, codecs: tuple[str, ...] = ()) -> PackedTensor:
+    """A parameter whose blocks are in these codecs (or all), at random; weights are float16, which all codecs take."""
     source = weights(shape, seed, dtype=torch.float16)
-    return encode_tensor(source, mixed_ids(shape, seed))
+    others = tuple(codec.name for codec in all_codecs() if codecs and codec.name not in codecs)
+    return encode_tensor(source, mixed_ids(shape, seed, without=others))
 
 
 @st.composite

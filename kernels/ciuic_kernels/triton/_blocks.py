@@ -208,7 +208,7 @@ def plane_fields(record, base, p, row, col, rows, cols, mask):
     words = (cols * width + 15) // 16
     span = 128 // width
     tile = col // span
-    across = tl.minimum(8, words - 8 * tile)
+    across = tl.maximum(1, tl.minimum(8, words - 8 * tile))  # 1 where the mask is not set
     inside = col - tile * span
     code = inside // across
     word = inside - code * across
