@@ -27,6 +27,7 @@ from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
 from ciuic_hf.modules.targets import Target, find_targets
 from ciuic_kernels import BlockGrid
+from ciuic_kernels.dispatch import use_triton
 from ciuic_kernels.layout import arena_nbytes
 
 
@@ -51,6 +52,7 @@ class CiuicQuantizer(HfQuantizer):
         self._dtypes_of_model: dict[str, torch.dtype] = {}
         self._started = time.perf_counter()
         self._peak: PeakMemory | None = None  # while loading; it holds a lock, which deepcopy refuses
+        self._on_gpu_kernels = False
 
     def _process_model_before_weight_loading(
         self,
@@ -157,6 +159,11 @@ class CiuicQuantizer(HfQuantizer):
                 module.prepare()
             except CiuicError as error:
                 raise CiuicError(f"{name}: {error}") from None
+        self._on_gpu_kernels = all(
+            use_triton(weight.device)
+            for _, module in compressed_modules(model)
+            for weight in module.parameters(recurse=False)
+        )
         report = build_report(model, self.quantization_config)
         report.seconds = time.perf_counter() - self._started
         report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
@@ -181,6 +188,11 @@ class CiuicQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile and capture: the Triton kernels never wait for the GPU, the reference does."""
+        return self._on_gpu_kernels
 
 
 def _entry(target: Target) -> dict[str, Any]:

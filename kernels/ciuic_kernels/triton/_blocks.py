@@ -1,4 +1,4 @@
-"""Device functions that read blocks: full blocks of a grid fast, any block in general.
+"""Device functions that read full blocks of a grid, the fast way.
 
 A full block of k bits is k tiles of 1 KB, ``[64, 8]`` 16-bit words, and its scale bytes. Warps copy tiles to shared
 memory in pieces of 16 bytes, load them as MMA operands and unpack there: no weight is stored again before it is
@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 from ciuic_kernels.codecs.grid import LINEAR, PLANES
-from ciuic_kernels.codecs.raw16 import RAW_BF16, RAW_FP16
-from ciuic_kernels.codecs.zero import ZERO
 from ciuic_kernels.triton import _asm
 
 ROWS = tl.constexpr(64)
@@ -24,9 +22,6 @@ _UNPACK = tl.constexpr({f"{k} {g} {int(half)}": text for (k, g, half), text in _
 _SCALES = tl.constexpr({f"{b} {rows}": _asm.scales(b, rows) for b, rows in _asm.SCALE_FORMS})
 _LINEAR = tl.constexpr(LINEAR)
 _LOW_PLANE = tl.constexpr({k: planes[0] for k, planes in PLANES.items()})
-_RAW_BF16 = tl.constexpr(RAW_BF16.id)
-_RAW_FP16 = tl.constexpr(RAW_FP16.id)
-_ZERO = tl.constexpr(ZERO.id)
 
 
 def interpreted() -> bool:
@@ -199,78 +194,3 @@ def load_block_entry(blocks, index):
     offset = tl.load(blocks + 2 * index).to(tl.int64)
     meta = tl.load(blocks + 2 * index + 1)
     return offset, meta & 255, (meta >> 8) & 255, meta >> 16
-
-
-@triton.jit
-def plane_fields(record, base, p, row, col, rows, cols, mask):
-    """Fields of ``p`` bits (0: none) at elements (row, col) of a plane of any block, int32."""
-    width = tl.maximum(p, 1)
-    words = (cols * width + 15) // 16
-    span = 128 // width
-    tile = col // span
-    across = tl.maximum(1, tl.minimum(8, words - 8 * tile))  # 1 where the mask is not set
-    inside = col - tile * span
-    code = inside // across
-    word = inside - code * across
-    at = record + base + 2 * (rows * 8 * tile + row * across + word)
-    low = tl.load(at, mask=mask & (p > 0), other=0).to(tl.int32)
-    high = tl.load(at + 1, mask=mask & (p > 0), other=0).to(tl.int32)
-    bit = 4 * (code % 4) + width * (code // 4)
-    return ((low | (high << 8)) >> bit) & ((1 << p) - 1)
-
-
-@triton.jit
-def any_grid(record, codec, exponent, row, col, rows, cols, mask):
-    """Elements (row, col) of any grid block, float32, exactly as the codec decodes them."""
-    width = codec & 31
-    span = codec & 96
-    low_p = tl.where(width <= 3, 2, 4)
-    high_p = width - low_p
-    low_bytes = rows * 2 * ((cols * low_p + 15) // 16)
-    high_bytes = rows * 2 * ((cols * high_p + 15) // 16)
-    code = plane_fields(record, 0, low_p, row, col, rows, cols, mask)
-    code = code | (plane_fields(record, low_bytes, high_p, row, col, rows, cols, mask) << low_p)
-    at = record + low_bytes + high_bytes + row * ((cols + span - 1) // span) + col // span
-    scale = scale_from_byte(tl.load(at, mask=mask, other=0).to(tl.int32), exponent)
-    half = (1 << width) // 2
-    t = (code - half).to(tl.float32) / half.to(tl.float32)
-    return scale * (t * (t * t + any_linear_term(width)))
-
-
-@triton.jit
-def any_linear_term(width):
-    """C0 of a width that is known at run time only."""
-    c0 = tl.where(width == 2, linear_term(2), linear_term(3))
-    c0 = tl.where(width == 4, linear_term(4), c0)
-    c0 = tl.where(width == 5, linear_term(5), c0)
-    c0 = tl.where(width == 6, linear_term(6), c0)
-    return tl.where(width == 8, linear_term(8), c0)
-
-
-@triton.jit
-def any_raw(record, codec, row, col, cols, mask):
-    """Elements (row, col) of a raw_bf16 or raw_fp16 block, float32."""
-    at = record + 2 * (row * cols + col)
-    low = tl.load(at, mask=mask, other=0).to(tl.int32)
-    bits = low | (tl.load(at + 1, mask=mask, other=0).to(tl.int32) << 8)
-    from_bf16 = (bits << 16).to(tl.float32, bitcast=True)
-    from_fp16 = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return tl.where(codec == _RAW_BF16, from_bf16, from_fp16)
-
-
-@triton.jit
-def any_values(record, codec, exponent, row, col, rows, cols, mask):
-    """Elements (row, col) of a block of any codec and size, float32; 0 where the mask is not set.
-
-    Args:
-        record: pointer to the record, uint8.
-        row, col: broadcastable int32 positions inside the block.
-        rows, cols: the size of the block.
-    """
-    if codec == _ZERO:
-        values = (row + col).to(tl.float32) * 0.0
-    elif codec == _RAW_BF16 or codec == _RAW_FP16:
-        values = any_raw(record, codec, row, col, cols, mask)
-    else:
-        values = any_grid(record, codec, exponent, row, col, rows, cols, mask)
-    return tl.where(mask, values, 0.0)

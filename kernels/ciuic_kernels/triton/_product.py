@@ -10,11 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ciuic_kernels.triton._any import any_values, numbers_at_rows
 from ciuic_kernels.triton._blocks import (
     COLS,
     GROUP_COLS,
     ROWS,
-    any_values,
     group_of,
     load_block_entry,
     load_planes,
@@ -59,17 +59,17 @@ def grid_block(
 
 
 @triton.jit
-def any_block(total, arena, blocks, index, x_rows, strip, n, k, BM: tl.constexpr):
+def any_block(total, arena, blocks, index, x_rows, strip, n, k, BM: tl.constexpr, PLAIN: tl.constexpr):
     """The same for a block of any codec and size, few columns at a time: it needs many registers for each."""
     offset, codec, exponent, kblock = load_block_entry(blocks, index)
     record = arena + offset * 16
     rows = tl.minimum(ROWS, n - strip * ROWS)
     cols = tl.minimum(COLS, k - kblock * COLS)
     row = tl.arange(0, ROWS)[:, None]
+    before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
     for first in range(0, cols, ANY_COLS):
         column = first + tl.arange(0, ANY_COLS)
-        mask = (row < rows) & (column[None, :] < cols)
-        values = any_values(record, codec, exponent, row, column[None, :], rows, cols, mask)
+        values, before = any_values(record, codec, exponent, row, first, rows, cols, before, ANY_COLS, PLAIN)
         x = tl.load(x_rows + (kblock * COLS + column)[:, None], mask=(column < cols)[:, None], other=0.0)
         total = tl.dot(values.to(x.dtype), x, total)
     return total
@@ -104,7 +104,7 @@ def add_item(
         if kind == KINDS[i]:
             if KINDS[i] == ANY:
                 for index in range(0, count):
-                    total = any_block(total, arena, first, index, x_rows, strip, n, k, BM)
+                    total = any_block(total, arena, first, index, x_rows, strip, n, k, BM, PLAIN)
             else:
                 for index in tl.range(0, count, num_stages=STAGES):
                     total = grid_block(total, arena, first, index, x_rows, KINDS[i], BM, PLAIN)

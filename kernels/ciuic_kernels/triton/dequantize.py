@@ -12,12 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ciuic_kernels.format import BLOCK_ROWS
+from ciuic_kernels.triton._any import any_values, numbers_at_rows
 from ciuic_kernels.triton._blocks import (
     COLS,
     GROUP_COLS,
     ROWS,
-    any_values,
     group_of,
+    interpreted,
     load_block_entry,
     load_planes,
     load_scale_words,
@@ -25,7 +26,7 @@ from ciuic_kernels.triton._blocks import (
     unpack_plain,
     width_of,
 )
-from ciuic_kernels.triton._product import ANY
+from ciuic_kernels.triton._product import ANY, ANY_COLS
 from ciuic_kernels.work import WorkShape
 
 
@@ -45,18 +46,21 @@ def dense_grid(record, exponent, out, stride, KIND: tl.constexpr):
 
 
 @triton.jit
-def dense_any(record, codec, exponent, out, stride, rows, cols):
-    """A block of any codec and size, 32 columns at a time."""
+def dense_any(record, codec, exponent, out, stride, rows, cols, PLAIN: tl.constexpr):
+    """A block of any codec and size, a few columns at a time."""
     row = tl.arange(0, ROWS)[:, None]
-    for first in range(0, cols, GROUP_COLS):
-        column = first + tl.arange(0, GROUP_COLS)[None, :]
+    before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
+    for first in range(0, cols, ANY_COLS):
+        column = first + tl.arange(0, ANY_COLS)[None, :]
+        values, before = any_values(record, codec, exponent, row, first, rows, cols, before, ANY_COLS, PLAIN)
         mask = (row < rows) & (column < cols)
-        values = any_values(record, codec, exponent, row, column, rows, cols, mask)
         tl.store(out + row.to(tl.int64) * stride + column, values.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_block", "strips"])
-def dequantize_kernel(arena, work, out, n, k, kblocks, first_block, strips, KINDS: tl.constexpr):
+def dequantize_kernel(
+    arena, work, out, n, k, kblocks, first_block, strips, KINDS: tl.constexpr, PLAIN: tl.constexpr
+):
     index = tl.program_id(0).to(tl.int64)
     offset, codec, exponent, kblock = load_block_entry(work, first_block + index)
     strip = ((first_block + index) // kblocks) % strips
@@ -72,7 +76,7 @@ def dequantize_kernel(arena, work, out, n, k, kblocks, first_block, strips, KIND
                 dense_grid(record, exponent, corner, k, KINDS[i])
                 done = True
     if not done:
-        dense_any(record, codec, exponent, corner, k, rows, cols)
+        dense_any(record, codec, exponent, corner, k, rows, cols, PLAIN)
 
 
 def dequantize(

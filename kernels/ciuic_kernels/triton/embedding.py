@@ -11,25 +11,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ciuic_kernels.triton._blocks import COLS, ROWS, any_values, load_block_entry
+from ciuic_kernels.triton._any import any_values, numbers_at_rows
+from ciuic_kernels.triton._blocks import COLS, ROWS, interpreted, load_block_entry
+from ciuic_kernels.triton._product import ANY_COLS
 from ciuic_kernels.work import WorkShape
 
 
 @triton.jit
-def embedding_kernel(ids, arena, work, out, n, k, kblocks):
+def embedding_kernel(ids, arena, work, out, n, k, kblocks, PLAIN: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    row = tl.load(ids + token).to(tl.int64)
-    inside = (row >= 0) & (row < n)
-    strip = tl.where(inside, row, 0) // ROWS
-    offset, codec, exponent, kblock = load_block_entry(work, strip * kblocks + tl.program_id(1))
-    rows = tl.minimum(ROWS, n - strip * ROWS).to(tl.int32)
+    wanted = tl.load(ids + token)
+    inside = (wanted >= 0) & (wanted < n)
+    row_of_table = tl.where(inside, wanted, 0).to(tl.int32)
+    strip = row_of_table // ROWS
+    entry = strip.to(tl.int64) * kblocks + tl.program_id(1)
+    offset, codec, exponent, kblock = load_block_entry(work, entry)
+    record = arena + offset * 16
+    rows = tl.minimum(ROWS, n - strip * ROWS)
     cols = tl.minimum(COLS, k - kblock * COLS)
-    column = tl.arange(0, COLS)[None, :]
-    at = tl.zeros((1, COLS), tl.int32) + (tl.where(inside, row, 0) % ROWS).to(tl.int32)
-    mask = column < cols
-    values = any_values(arena + offset * 16, codec, exponent, at, column, rows, cols, mask)
-    values = tl.where(inside, values, float("nan"))
-    tl.store(out + token * k + kblock * COLS + column, values.to(out.dtype.element_ty), mask=mask)
+    row = tl.zeros((1, 1), tl.int32) + row_of_table % ROWS
+    before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
+    for first in range(0, cols, ANY_COLS):
+        column = first + tl.arange(0, ANY_COLS)[None, :]
+        values, before = any_values(record, codec, exponent, row, first, rows, cols, before, ANY_COLS, PLAIN)
+        values = tl.where(inside, values, float("nan"))
+        at = out + token * k + kblock * COLS + column
+        tl.store(at, values.to(out.dtype.element_ty), mask=column < cols)
 
 
 def embedding(
@@ -44,6 +51,6 @@ def embedding(
     out = torch.empty(ids.numel(), cols, dtype=dtype, device=arena.device)
     if ids.numel():
         embedding_kernel[(ids.numel(), shape.kblocks)](
-            ids, arena, work, out, rows, cols, shape.kblocks, num_warps=1
-        )
+            ids, arena, work, out, rows, cols, shape.kblocks, PLAIN=interpreted(), num_warps=1
+        )  # fmt: skip
     return out
