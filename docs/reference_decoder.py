@@ -16,6 +16,7 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
 LINEAR = {2: 4.25, 3: 3.0, 4: 1.5, 5: 1.0, 6: 1.0, 8: 1.5}
 ZERO, RAW_BF16, RAW_FP16 = 0, 1, 2
 GRIDS = {group + width: (width, group) for group in (32, 64) for width in PLANES}
+SPARSE = {128 + 20 * i + d - 1: (width, d) for i, width in enumerate(PLANES) for d in range(1, 21)}
 
 
 def record_nbytes(codec, rows, cols):
@@ -23,6 +24,10 @@ def record_nbytes(codec, rows, cols):
         return 0
     if codec in (RAW_BF16, RAW_FP16):
         return 2 * rows * cols
+    if codec in SPARSE:
+        width, d = SPARSE[codec]
+        slots = -(-rows * cols * d // 32)
+        return rows * (-(-cols // 8) + 1) + sum(-(-slots * p // 8) for p in PLANES[width])
     width, group = GRIDS[codec]  # KeyError: not a codec of version 1
     return rows * (sum(2 * -(-cols * p // 16) for p in PLANES[width]) + -(-cols // group))
 
@@ -46,6 +51,29 @@ def decode_plane(plane, p, rows, cols):
     return codes[:, :cols]
 
 
+def scales(exponent, codes):
+    """Block exponent byte and scale bytes -> float32."""
+    codes = codes.astype(np.uint32)
+    bits = (np.uint32(exponent) << np.uint32(23)) + (codes << np.uint32(18)) + (codes << np.uint32(31))
+    return bits.view(np.float32)
+
+
+def decode_sparse(width, d, exponent, record, rows, cols):
+    slots, row_bytes = -(-rows * cols * d // 32), -(-cols // 8)
+    bitmap = record[: rows * row_bytes].reshape(rows, row_bytes)
+    row, col = np.nonzero(np.unpackbits(bitmap, axis=1, bitorder="little")[:, :cols])  # in row-major order
+    row, col = row[:slots], col[:slots]  # a weight without a slot is 0
+    start, shift, number = rows * row_bytes + rows, 0, np.arange(len(row))
+    codes = np.zeros(len(row), np.int64)
+    for p in PLANES[width]:
+        fields = record[start:].astype(np.int64)[number * p // 8] >> (number * p % 8)
+        codes |= (fields & ((1 << p) - 1)) << shift
+        start, shift = start + -(-slots * p // 8), shift + p
+    out = np.zeros((rows, cols), np.float32)
+    out[row, col] = scales(exponent, record[rows * row_bytes :][:rows])[row] * levels(width)[codes]
+    return out
+
+
 def decode_block(codec, exponent, record, rows, cols):
     """record: uint8 ``[record_nbytes]`` -> float32 ``[rows, cols]``."""
     if codec == ZERO:
@@ -54,15 +82,16 @@ def decode_block(codec, exponent, record, rows, cols):
         return (record.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(rows, cols)
     if codec == RAW_FP16:
         return record.view("<f2").astype(np.float32).reshape(rows, cols)
+    if codec in SPARSE:
+        return decode_sparse(*SPARSE[codec], exponent, record, rows, cols)
     width, group = GRIDS[codec]
     codes, start, shift = np.zeros((rows, cols), np.int64), 0, 0
     for p in PLANES[width]:
         end = start + 2 * rows * -(-cols * p // 16)
         codes |= decode_plane(record[start:end], p, rows, cols) << shift
         start, shift = end, shift + p
-    scale = record[start:].reshape(rows, -1)[:, np.arange(cols) // group].astype(np.uint32)
-    bits = (((exponent << 4) + (scale & 127)) << 19) | ((scale >> 7) << 31)
-    return bits.astype(np.uint32).view(np.float32) * levels(width)[codes]
+    scale = scales(exponent, record[start:].reshape(rows, -1)[:, np.arange(cols) // group])
+    return scale * levels(width)[codes]
 
 
 def decode(arena, tags, shape):

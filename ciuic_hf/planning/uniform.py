@@ -15,10 +15,15 @@ from torch import Tensor
 from ciuic_hf.config import Setting
 from ciuic_hf.errors import CiuicError
 from ciuic_kernels import BlockGrid, all_codecs, codec_by_name
+from ciuic_kernels.codecs.sparse import SparseCodec
 from ciuic_kernels.layout import block_nbytes
 
-LADDER = [codec.name for codec in sorted(all_codecs(), key=lambda c: c.bits) if codec.name != "raw_fp16"]
-"""The codecs that are mixed, by rate. raw_fp16 is only for those who name it."""
+LADDER = [
+    codec.name
+    for codec in sorted(all_codecs(), key=lambda c: c.bits)
+    if codec.name != "raw_fp16" and not isinstance(codec, SparseCodec)
+]
+"""The codecs that are mixed, by rate. raw_fp16 and sparse codecs, which drop weights, are for those who name them."""
 
 
 @lru_cache(maxsize=1024)  # the layers of a model repeat a few shapes

@@ -7,6 +7,8 @@ kernels serve a codec once ``cpu/blocks.c`` has code for it; until then the torc
 
 from __future__ import annotations
 
+import re
+from itertools import groupby
 from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -71,7 +73,7 @@ def codec_by_id(codec_id: int) -> Codec:
     """The codec of a tag byte. Raises ValueError for an unknown id."""
     if codec_id not in _BY_ID:
         raise ValueError(
-            f"Block tag {codec_id} is not a codec of this version; known tags are {sorted(_BY_ID)}. "
+            f"Block tag {codec_id} is not a codec of this version; known tags are {_runs(sorted(_BY_ID))}. "
             "The file is damaged or was written by a newer ciuic_hf."
         )
     return _BY_ID[codec_id]
@@ -80,8 +82,30 @@ def codec_by_id(codec_id: int) -> Codec:
 def codec_by_name(name: str) -> Codec:
     """The codec that a user named. Raises ValueError with the list of names."""
     if name not in _BY_NAME:
-        raise ValueError(f"No codec is named {name!r}; choose one of {', '.join(sorted(_BY_NAME))}.")
+        raise ValueError(f"No codec is named {name!r}; choose one of {_families(all_codecs())}.")
     return _BY_NAME[name]
+
+
+def codec_count() -> int:
+    """How many codecs are registered."""
+    return len(_BY_ID)
+
+
+def _runs(numbers: list[int]) -> str:
+    """Ascending numbers in a sentence: ``0 to 2, 34``."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+
+
+def _families(codecs: list[Codec]) -> str:
+    """Names in a sentence. Of names that differ in their last number only, the first and the last stand for all."""
+    families: dict[str, list[str]] = {}
+    for codec in codecs:
+        families.setdefault(re.sub(r"\d+$", "", codec.name), []).append(codec.name)
+    return ", ".join(
+        f"{names[0]} to {names[-1]}" if len(names) > 2 else ", ".join(names)
+        for _, names in sorted(families.items())
+    )
 
 
 def all_codecs() -> list[Codec]:

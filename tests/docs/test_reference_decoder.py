@@ -9,9 +9,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ciuic_kernels import BlockGrid, all_codecs
+from ciuic_kernels import BlockGrid, PackedTensor, all_codecs
+from ciuic_kernels.codec import Codec
 from ciuic_kernels.codecs.grid import LINEAR, PLANES
+from ciuic_kernels.format import aligned
 from ciuic_kernels.packing import decode_tensor, encode_tensor
 
 DECODER = Path(__file__).parents[2] / "docs" / "reference_decoder.py"
@@ -39,3 +43,24 @@ def test_equal_bit_for_bit(decoder: ModuleType, shape: tuple[int, ...]) -> None:
     packed = encode_tensor(weights, ids)
     read = decoder.decode(packed.arena.numpy(), packed.tags.numpy(), shape)
     assert np.array_equal(read, decode_tensor(packed).numpy())
+
+
+@settings(max_examples=30)
+@given(
+    codec=st.sampled_from([codec for codec in all_codecs() if not codec.name.startswith("raw")]),
+    rows=st.integers(1, 64),
+    cols=st.integers(1, 128),
+    exponent=st.integers(0, 247),
+    seed=st.integers(0, 999),
+)
+def test_random_records(
+    decoder: ModuleType, codec: Codec, rows: int, cols: int, exponent: int, seed: int
+) -> None:
+    """Any bytes, as a damaged file may hold them."""
+    nbytes = codec.record_nbytes(rows, cols)
+    arena = torch.randint(
+        256, (aligned(nbytes),), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    tags = torch.tensor([[[codec.id, exponent]]], dtype=torch.uint8)
+    read = decoder.decode(arena.numpy(), tags.numpy(), (rows, cols))
+    assert np.array_equal(read, decode_tensor(PackedTensor((rows, cols), arena, tags)).numpy())

@@ -57,7 +57,7 @@ def first_tag(value: int, byte: int) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (first_tag(200, 0), "200 is not a codec"),
+        (first_tag(250, 0), "250 is not a codec"),
         (first_tag(0, 0), "describe"),
         (first_tag(1, 0), "describe"),
         (first_tag(255, 1), "exponent 255"),

@@ -81,7 +81,7 @@ def test_a_pattern_starts_at_a_component(checkpoint: Callable[[str], Path], load
         load(checkpoint("llama_untied"), 3, {"proj": 8})
 
 
-@pytest.mark.parametrize("codec", ["grid2_g64", "grid3_g32", "grid8_g64", "raw_bf16", "zero"])
+@pytest.mark.parametrize("codec", ["grid2_g64", "grid3_g32", "grid8_g64", "sparse4_d8", "raw_bf16", "zero"])
 def test_a_codec_by_name_takes_every_block(
     codec: str,
     checkpoint: Callable[[str], Path],

@@ -28,9 +28,16 @@ def stored_bits(name: str, rows: int, cols: int) -> int:
         return 0
     if name.startswith("raw"):
         return 16 * rows * cols
+    if name.startswith("sparse"):
+        width, capacity = (int(part) for part in name.removeprefix("sparse").split("_d"))
+        slots = (rows * cols * capacity + 31) // 32
+        return 8 * (rows * ((cols + 7) // 8 + 1) + sum((slots * p + 7) // 8 for p in plane_widths(width)))
     width, group = (int(part) for part in name.removeprefix("grid").split("_g"))
-    planes = {3: (2, 1), 5: (4, 1), 6: (4, 2), 8: (4, 4)}.get(width, (width,))
-    return 8 * rows * (sum((cols * p + 15) // 16 * 2 for p in planes) + (cols + group - 1) // group)
+    return 8 * rows * (sum((cols * p + 15) // 16 * 2 for p in plane_widths(width)) + (cols + group - 1) // group)
+
+
+def plane_widths(width: int) -> tuple[int, ...]:
+    return {3: (2, 1), 5: (4, 1), 6: (4, 2), 8: (4, 4)}.get(width, (width,))
 
 
 def records(packed: PackedTensor) -> list[tuple[str, int, int, int]]:

@@ -81,5 +81,5 @@ def test_rows_that_do_not_fit(shape: tuple[int, ...], first_row: int) -> None:
 
 @pytest.mark.usefixtures("impl")
 def test_an_unknown_codec_is_refused_before_anything_is_written() -> None:
-    with pytest.raises(ValueError, match="Block tag 200"):
-        encode_tensor(weights((4, 4), 0), torch.full((1, 1), 200, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="Block tag 250"):
+        encode_tensor(weights((4, 4), 0), torch.full((1, 1), 250, dtype=torch.uint8))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.planning.uniform import LADDER, codec_ids
-from ciuic_kernels import BlockGrid, codec_by_id, codec_by_name
+from ciuic_kernels import BlockGrid, all_codecs, codec_by_id, codec_by_name
 from ciuic_kernels.layout import arena_nbytes, block_nbytes
 
 SIDES = st.integers(1, 700)
@@ -26,6 +26,11 @@ def plan(rows: int, cols: int, bits: float) -> tuple[torch.Tensor, BlockGrid]:
     grid = BlockGrid((rows, cols))
     assume(grid.tags_nbytes <= int(bits * grid.numel / 8))
     return codec_ids(grid.shape, bits), grid
+
+
+def test_codecs_that_lose_weights_are_not_mixed_into_a_rate() -> None:
+    left_out = {codec.name for codec in all_codecs()} - set(LADDER)
+    assert left_out == {"raw_fp16"} | {f"sparse{k}_d{d}" for k in (2, 3, 4, 5, 6, 8) for d in range(1, 21)}
 
 
 @given(SIDES, SIDES, BITS)

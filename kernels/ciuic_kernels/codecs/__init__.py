@@ -2,4 +2,5 @@
 
 from ciuic_kernels.codecs import grid as grid
 from ciuic_kernels.codecs import raw16 as raw16
+from ciuic_kernels.codecs import sparse as sparse
 from ciuic_kernels.codecs import zero as zero

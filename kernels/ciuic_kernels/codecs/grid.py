@@ -13,7 +13,7 @@ Record of a block ``[rows, cols]``, G columns a group, ``g = ceil(cols / G)``:
 
     plane 0    rows x W0 words of 16 bits     the low p0 bits of every code, W0 = ceil(cols * p0 / 16)
     plane 1    rows x W1 words of 16 bits     the other p1 bits, W1 = ceil(cols * p1 / 16); k = 3, 5, 6 and 8 only
-    scales     rows x g bytes                 sign (bit 7), exponent e (bits 4-6), mantissa m (bits 0-3)
+    scales     rows x g bytes                 exponent e (bits 5-7), mantissa m (bits 1-4), sign (bit 0)
 
 A plane of p bits is cut into tiles of 8 words a row (the last may have fewer), which are stored one after another:
 
@@ -32,8 +32,9 @@ So a row of a tile is 16 bytes, one copy of a GPU thread; a shift puts one code 
 the bottom of its nibble; and planes of 4, 2 and 1 bits have their codes in the same nibbles, so that joining two is
 one bit-select. Bits past the last column are zero.
 
-With the block's exponent byte X a scale is ``(1 + m / 16) * 2^(X + e - 127)``, which as float32 is the bit pattern
-``(16 X + (byte & 127)) << 19``, with the sign on top.
+With the block's exponent byte X a scale byte S is the float32 with the bits ``(X << 23) + (S << 18) + (S << 31)``, of
+which the last term leaves the sign: ``(1 + m / 16 + sign / 32) * 2^(X + e - 127)`` in magnitude. A negative scale has
+its mantissa half a step higher, because then one multiplication of S by ``2^31 + 2^18`` puts all its parts in place.
 """
 
 from __future__ import annotations
@@ -63,10 +64,8 @@ SCALE_OFFSETS: dict[int, tuple[int, ...]] = {
 
 GROUPS = (32, 64)
 WORD_BITS, TILE_WORDS = 16, 8
-MIN_EXPONENT, MAX_EXPONENT = (
-    1,
-    244,
-)  # 1.9375 * 2^(X - 120) times the outermost level of any width stays finite
+MIN_EXPONENT, MAX_EXPONENT = 1, 244
+"""Of blocks: ``2^(X - 119)``, more than the largest scale, times the outermost level of any width stays finite."""
 
 
 @cache
@@ -87,9 +86,7 @@ def thresholds(bits: int) -> Tensor:
 def scale_values(codes: Tensor, exponents: Tensor) -> Tensor:
     """Scale bytes uint8 and block exponents uint8 (broadcastable) -> float32 scales."""
     byte = codes.to(torch.int32)
-    bits = ((exponents.to(torch.int32) << 4) + (byte & 127)) << 19
-    magnitude = bits.view(torch.float32)
-    return torch.where(byte >= 128, -magnitude, magnitude)
+    return ((exponents.to(torch.int32) << 23) + (byte << 18) + (byte << 31)).view(torch.float32)
 
 
 def tiles(cols: int, width: int) -> list[tuple[int, int]]:
@@ -138,6 +135,52 @@ def tree_sum(values: Tensor) -> Tensor:
     return values.squeeze(-1)
 
 
+def quantize_groups(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The scale of least squared error for each group, and the codes of its weights.
+
+    Args:
+        weights: float32 ``[B, rows, groups, G]``, finite; G is a power of two, zeros after the last weight.
+
+    Returns:
+        scale bytes uint8 ``[B, rows, groups]``, codes uint8 like ``weights``, block exponents uint8 ``[B]``.
+    """
+    smallest, negative, exponents = _anchor(weights, bits)
+    base = (exponents.to(torch.int32) << 4)[:, None, None]
+    sign = negative.to(torch.uint8)
+    grid = levels(bits).to(weights.device)
+    bounds = thresholds(bits).to(weights.device)
+    best_error = best_scale = best_codes = None
+    for offset in SCALE_OFFSETS[bits]:
+        scale_byte = ((smallest + offset - base).clamp(0, 127).to(torch.uint8) << 1) | sign
+        scale = scale_values(scale_byte, exponents[:, None, None]).unsqueeze(-1)
+        codes = torch.bucketize(weights * (1.0 / scale), bounds, out_int32=True)
+        difference = weights - scale * grid[codes]
+        error = tree_sum(difference * difference)
+        if best_error is None or best_scale is None or best_codes is None:
+            best_error, best_scale, best_codes = error, scale_byte, codes.to(torch.uint8)
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale_byte, best_scale)
+        best_codes = torch.where(better.unsqueeze(-1), codes.to(torch.uint8), best_codes)
+    assert best_scale is not None and best_codes is not None
+    return best_scale, best_codes, exponents
+
+
+def _anchor(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest unclipped scale index and sign of each group, exponent byte of each block."""
+    high, low = weights.amax(-1), weights.amin(-1)
+    negative = high > -low
+    absmax = torch.maximum(high, -low)
+    # A divisor on the device: CUDA multiplies by the reciprocal of a number, which rounds twice. abs() turns -0.0 to 0.
+    least = absmax.abs() / absmax.new_full((), 1 + LINEAR[bits])
+    # float32 bits >> 19 are exponent and 4 mantissa bits; adding 2^19 - 1 rounds up. Negative scales lie 2^18 higher.
+    index = (least.view(torch.int32) + ((1 << 19) - 1) - (negative.to(torch.int32) << 18)) >> 19
+    top = index.amax(dim=(-2, -1))
+    exponents = ((top >> 4) - 7).clamp(MIN_EXPONENT, MAX_EXPONENT)
+    return index, negative, exponents.to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class GridCodec:
     """See the module docstring. ``width`` is k, ``group`` is G."""
@@ -169,51 +212,13 @@ class GridCodec:
         # contiguous: bucketize() copies and warns otherwise
         padded = torch.nn.functional.pad(blocks, (0, groups * self.group - cols)).contiguous()
         weights = padded.unflatten(-1, (groups, self.group))
-        smallest, negative, exponents = self._anchor(weights)
-        scales, codes = self._search(weights, smallest, negative, exponents)
+        scales, codes, exponents = quantize_groups(weights, self.width)
         codes = codes.flatten(-2)[..., :cols]
         parts, shift = [], 0
         for width in PLANES[self.width]:
             parts.append(pack_plane((codes >> shift) & ((1 << width) - 1), width))
             shift += width
         return torch.cat([*parts, scales.reshape(batch, -1)], dim=1), exponents
-
-    def _anchor(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Smallest unclipped scale index and sign of each group, exponent byte of each block."""
-        high, low = weights.amax(-1), weights.amin(-1)
-        absmax = torch.maximum(high, -low)
-        # A divisor on the device: CUDA multiplies by the reciprocal of a number, which rounds twice.
-        least = absmax.abs() / absmax.new_full((), 1 + LINEAR[self.width])
-        # abs() turns -0.0 into 0.0. float32 bits >> 19 are exponent and 4 mantissa bits; adding 2^19 - 1 rounds up.
-        index = (least.view(torch.int32) + ((1 << 19) - 1)) >> 19
-        top = index.amax(dim=(-2, -1))
-        exponents = ((top >> 4) - 7).clamp(MIN_EXPONENT, MAX_EXPONENT)
-        return index, high > -low, exponents.to(torch.uint8)
-
-    def _search(
-        self, weights: Tensor, smallest: Tensor, negative: Tensor, exponents: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The scale byte of least squared error among the candidates, and its codes."""
-        base = (exponents.to(torch.int32) << 4)[:, None, None]
-        sign = negative.to(torch.uint8) << 7
-        grid = levels(self.width).to(weights.device)
-        bounds = thresholds(self.width).to(weights.device)
-        best_error = best_scale = best_codes = None
-        for offset in SCALE_OFFSETS[self.width]:
-            scale_byte = (smallest + offset - base).clamp(0, 127).to(torch.uint8) | sign
-            scale = scale_values(scale_byte, exponents[:, None, None]).unsqueeze(-1)
-            codes = torch.bucketize(weights * (1.0 / scale), bounds, out_int32=True)
-            difference = weights - scale * grid[codes]
-            error = tree_sum(difference * difference)
-            if best_error is None or best_scale is None or best_codes is None:
-                best_error, best_scale, best_codes = error, scale_byte, codes.to(torch.uint8)
-                continue
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale_byte, best_scale)
-            best_codes = torch.where(better.unsqueeze(-1), codes.to(torch.uint8), best_codes)
-        assert best_scale is not None and best_codes is not None
-        return best_scale, best_codes
 
     def decode(self, records: Tensor, exponents: Tensor, rows: int, cols: int) -> Tensor:
         batch, groups = records.shape[0], ceil_div(cols, self.group)

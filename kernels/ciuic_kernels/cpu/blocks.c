@@ -1,7 +1,7 @@
 /* Block codecs on a CPU: encode, dequantize, and matrix-vector products that decode on the fly.
  *
- * The format is specified in codecs/grid.py and docs/checkpoint-format.md; every table of it is handed in from
- * there (struct grid), so nothing is listed twice. Values are computed with the same float32 roundings as the
+ * The format is specified in codecs/ and docs/checkpoint-format.md; every table of it is handed in from
+ * codecs/grid.py (struct grid), so nothing is listed twice. Values are computed with the same float32 roundings as the
  * torch reference (compile with -ffp-contract=off), so encode and dequantize agree with it bit for bit.
  *
  * Plain C11 with GCC/clang vector extensions. Intrinsics stand only where those have no word for an instruction
@@ -22,7 +22,8 @@ enum { ROWS = 64, COLS = 128, LANES = 16, MAX_TOKENS = 16, ALIGN = 16 };
 /* Below this many weights a second thread costs more than it brings. */
 enum { SERIAL_WEIGHTS = 1 << 16 };
 enum { F32 = 0, BF16 = 1, F16 = 2 };
-enum { ZERO = 0, RAW_BF16 = 1, RAW_FP16 = 2 };
+/* Tags. From SPARSE on: 20 capacities of each width, see codecs/sparse.py. Those between are grids. */
+enum { ZERO = 0, RAW_BF16 = 1, RAW_FP16 = 2, SPARSE = 128, CAPACITIES = 20 };
 
 typedef float f32v __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float f32v8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -60,21 +61,39 @@ static inline uint16_t to_bf16(float f) {
 }
 
 static inline float scale_value(uint8_t byte, uint8_t exponent) {
-    return as_float(((((uint32_t)exponent << 4) + (byte & 127)) << 19) | ((uint32_t)(byte >> 7) << 31));
+    return as_float(((uint32_t)exponent << 23) + ((uint32_t)byte << 18) + ((uint32_t)byte << 31));
 }
 
-static inline int codec_width(int id) { return id & 31; }
+static inline int codec_width(int id) {
+    int i = (id - SPARSE) / CAPACITIES;
+    return id < SPARSE ? id & 31 : i == 5 ? 8 : i + 2;
+}
+
 static inline int codec_group(int id) { return id & 96; }
 
 static inline int low_plane(int k) { return k == 3 ? 2 : k == 5 || k == 6 ? 4 : k; }
 
 static inline int64_t plane_bytes(int64_t cols, int bits) { return ceil_div(cols * bits, 8); }
 
+/* A sparse record: how many weights it can store, and where its parts begin behind the bitmap. */
+struct sparse {
+    int64_t slots, scales, low, high, end;
+};
+
+static struct sparse sparse_of(int id, int64_t rows, int64_t cols) {
+    int k = codec_width(id), b = low_plane(k), capacity = (id - SPARSE) % CAPACITIES + 1;
+    int64_t slots = ceil_div(rows * cols * capacity, 32), scales = rows * ceil_div(cols, 8), low = scales + rows;
+    int64_t high = low + plane_bytes(slots, b);
+    return (struct sparse){slots, scales, low, high, high + plane_bytes(slots, k - b)};
+}
+
 static int64_t record_nbytes(int id, int64_t rows, int64_t cols) {
     int64_t n;
     if (id == ZERO) return 0;
     if (id == RAW_BF16 || id == RAW_FP16) {
         n = 2 * rows * cols;
+    } else if (id >= SPARSE) {
+        n = sparse_of(id, rows, cols).end;
     } else {
         int k = codec_width(id), low = low_plane(k);
         n = rows * (plane_bytes(cols, low) + plane_bytes(cols, k - low) + ceil_div(cols, codec_group(id)));
@@ -313,12 +332,58 @@ static void store_line(const float *line, int64_t cols, int dtype, void *out, in
     else for (int64_t c = 0; c < cols; c++) ((uint16_t *)out)[at + c] = to_bf16(line[c]);
 }
 
-static inline int is_even(int id, int64_t cols) { return id > RAW_FP16 && (cols == COLS || cols == COLS / 2); }
+/* Columns 64 j .. 64 j + 63 of a row of a bitmap, the first in the lowest bit; nothing past the last column. */
+static inline uint64_t stored_columns(const uint8_t *row, int64_t cols, int64_t j) {
+    uint64_t bits = 0;
+    int64_t left = cols - 64 * j;
+    if (left >= 64) {
+        memcpy(&bits, row + 8 * j, 8);
+        return bits;
+    }
+    memcpy(&bits, row + 8 * j, (size_t)ceil_div(left, 8));
+    return bits & ((1ull << left) - 1);
+}
+
+/* Field i of a plane in natural order. */
+static inline int slot(const uint8_t *plane, int bits, int64_t i) {
+    uint64_t at = (uint64_t)i * (unsigned)bits;
+    return (plane[at / 8] >> (at % 8)) & ((1 << bits) - 1);
+}
+
+static void decode_sparse(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols, int64_t first,
+                          int64_t count, const struct grid *g, int dtype, void *out, int64_t at, int64_t stride) {
+    const int k = codec_width(id), b = low_plane(k);
+    const struct sparse s = sparse_of(id, rows, cols);
+    int64_t row_bytes = ceil_div(cols, 8), words = ceil_div(cols, 64), i = 0;
+    for (int64_t r = 0; r < first; r++)
+        for (int64_t j = 0; j < words; j++) i += __builtin_popcountll(stored_columns(record + r * row_bytes, cols, j));
+    for (int64_t r = first; r < first + count; r++, at += stride) {
+        float line[COLS] = {0}, scale = scale_value(record[s.scales + r], exponent);
+        for (int64_t j = 0; j < words; j++) {
+            uint64_t bits = stored_columns(record + r * row_bytes, cols, j);
+            for (; bits && i < s.slots; bits &= bits - 1, i++) { /* no slot, no weight */
+                int q = slot(record + s.low, b, i);
+                if (k > b) q |= slot(record + s.high, k - b, i) << b;
+                line[64 * j + __builtin_ctzll(bits)] = scale * g->levels[q];
+            }
+        }
+        store_line(line, cols, dtype, out, at);
+    }
+}
+
+/* Whether a block is a grid of 128 or 64 columns: those have fast paths. */
+static inline int is_even(int id, int64_t cols) {
+    return id > RAW_FP16 && id < SPARSE && (cols == COLS || cols == COLS / 2);
+}
 
 static void decode_any(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols, int64_t first,
                        int64_t count, const struct grid *grids, int dtype, void *out, int64_t at, int64_t stride) {
     int k = codec_width(id), group = codec_group(id);
     float line[COLS] = {0};
+    if (id >= SPARSE) {
+        decode_sparse(record, id, exponent, rows, cols, first, count, grids + k, dtype, out, at, stride);
+        return;
+    }
     for (int64_t r = first; r < first + count; r++, at += stride) {
         if (id == RAW_BF16 || id == RAW_FP16)
             widen_row((const uint16_t *)record + r * cols, id == RAW_BF16 ? BF16 : F16, cols, line);
@@ -456,13 +521,17 @@ INLINE void product_many(const uint8_t *record, uint8_t exponent, int64_t rows, 
     }
 }
 
-/* Any block: rows are decoded one at a time. */
+/* Any block: a few rows at a time are decoded, as a row of a sparse block is found by counting those before it. */
 static void product_any(const uint8_t *record, int id, uint8_t exponent, int64_t rows, int64_t cols, int64_t first,
                         int64_t count, int tokens, const struct grid *grids, const float *const *x, int64_t at,
                         f32v *sums) {
-    float line[COLS] = {0};
+    enum { PART = 16 };
+    float lines[PART][COLS] = {{0}};
     for (int64_t r = 0; r < count; r++) {
-        decode_block(record, id, exponent, rows, cols, first + r, 1, grids, F32, line, 0, 0);
+        if (r % PART == 0)
+            decode_block(record, id, exponent, rows, cols, first + r, min64(PART, count - r), grids, F32, lines, 0,
+                         COLS);
+        const float *line = lines[r % PART];
         for (int t = 0; t < tokens; t++)
             for (int j = 0; j < COLS / LANES; j++)
                 sums[r * tokens + t] =
@@ -589,8 +658,8 @@ INLINE i32v guess16(f32v y, int k, const struct grid *g) {
 
 /* Codes of one group at one scale, and the squared error, added up in the order of tree_sum() in codecs/grid.py. */
 INLINE float quantize_group(const float *w, int group, float scale, int k, const struct grid *g, i32v *codes) {
-    f32v errors[64 / LANES], inverse = splat(1.0f / scale);
-#pragma GCC unroll 4
+    f32v errors[COLS / LANES], inverse = splat(1.0f / scale);
+#pragma GCC unroll 8
     for (int j = 0; j < group / LANES; j++) {
         f32v v = load(w + LANES * j), y = v * inverse;
         i32v q = guess16(y, k, g);
@@ -600,7 +669,9 @@ INLINE float quantize_group(const float *w, int group, float scale, int k, const
         f32v difference = v - scale * blend(up, upper, lower);
         errors[j] = difference * difference;
     }
-    if (group == 64) {
+    if (group == COLS)
+        for (int j = 0; j < 4; j++) errors[j] += errors[j + 4];
+    if (group >= 64) {
         errors[0] += errors[2];
         errors[1] += errors[3];
     }
@@ -632,7 +703,7 @@ INLINE uint8_t anchor_block(float (*w)[COLS], int64_t rows, int64_t groups, int 
  * is computed and kept, because which one wins is not predictable enough for a branch. */
 INLINE uint8_t encode_group(const float *w, int k, int group, uint32_t anchor, uint8_t exponent,
                             const struct grid *g, uint8_t *out) {
-    i32v codes[8][64 / LANES];
+    i32v codes[8][COLS / LANES];
     uint8_t bytes[8];
     float best = INFINITY;
     int kept = 0;
@@ -687,6 +758,63 @@ INLINE void encode_grid(float (*w)[COLS], int k, int group, int64_t rows, int64_
         else encode_grid(w, K, 64, rows, cols, g, record, exponent);                                         \
     }
 FOR_WIDTHS(ENCODE)
+#undef ENCODE
+
+/* The bits of the count-th largest magnitude of a block; every other bound is too high or too low. */
+static int32_t least_stored(float (*w)[COLS], int64_t rows, int64_t count) {
+    int32_t least = 0;
+    for (int bit = 30; bit >= 0; bit--) {
+        int32_t bound = least | (int32_t)1 << bit;
+        i32v reaching = {};
+        for (int64_t r = 0; r < rows; r++)
+            for (int j = 0; j < COLS / LANES; j++)
+                reaching -= ((i32v)load(w[r] + LANES * j) & 0x7fffffff) >= bound;
+        int64_t total = 0;
+        for (int i = 0; i < LANES; i++) total += reaching[i];
+        if (total >= count) least = bound;
+    }
+    return least;
+}
+
+/* Sets all weights to zero but the count of largest magnitude, the first among equals, and marks those in an empty
+ * bitmap. */
+static void prune(float (*w)[COLS], int64_t rows, int64_t cols, int64_t count, uint8_t *bitmap) {
+    int32_t least = least_stored(w, rows, count);
+    int64_t room = count;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) room -= (int32_t)(as_bits(w[r][c]) & 0x7fffffff) > least;
+    for (int64_t r = 0; r < rows; r++, bitmap += ceil_div(cols, 8))
+        for (int64_t c = 0; c < cols; c++) {
+            int32_t magnitude = (int32_t)(as_bits(w[r][c]) & 0x7fffffff);
+            int stored = magnitude > least || (magnitude && magnitude == least && room-- > 0);
+            if (!stored) w[r][c] = 0;
+            bitmap[c / 8] |= (uint8_t)(stored << c % 8);
+        }
+}
+
+/* One function for all widths: constants for each of them would add half to the time that this file compiles. */
+static void encode_sparse(float (*w)[COLS], int id, int64_t rows, int64_t cols, const struct grid *grids,
+                          uint8_t *record, uint8_t *exponent) {
+    const int k = codec_width(id), b = low_plane(k);
+    const struct sparse s = sparse_of(id, rows, cols);
+    uint8_t codes[COLS], *low = record + s.low, *high = record + s.high;
+    uint32_t anchors[ROWS];
+    int64_t i = 0;
+    memset(record, 0, (size_t)s.end);
+    prune(w, rows, cols, s.slots, record);
+    *exponent = anchor_block(w, rows, 1, COLS, anchors);
+    for (int64_t r = 0; r < rows; r++) {
+        record[s.scales + r] = encode_group(w[r], k, COLS, anchors[r], *exponent, grids + k, codes);
+        for (int64_t j = 0; j < ceil_div(cols, 64); j++) {
+            uint64_t bits = stored_columns(record + r * ceil_div(cols, 8), cols, j);
+            for (; bits; bits &= bits - 1, i++) {
+                int q = codes[64 * j + __builtin_ctzll(bits)];
+                low[i * b / 8] |= (uint8_t)((q & ((1 << b) - 1)) << (i * b % 8));
+                if (k > b) high[i * (k - b) / 8] |= (uint8_t)((q >> b) << (i * (k - b) % 8));
+            }
+        }
+    }
+}
 
 static int encode_raw(float (*w)[COLS], const void *src, int dtype, int id, int64_t rows, int64_t cols,
                       int64_t stride, int64_t at, uint16_t *record) {
@@ -723,6 +851,10 @@ static int encode_block(const void *src, int dtype, int64_t stride, int64_t at, 
     memset(record + record_nbytes(id, rows, cols) - ALIGN, 0, ALIGN); /* the padding */
     if (id == RAW_BF16 || id == RAW_FP16)
         return encode_raw(w, src, dtype, id, rows, cols, stride, at, (uint16_t *)record);
+    if (id >= SPARSE) {
+        encode_sparse(w, id, rows, cols, grids, record, tag + 1);
+        return 0;
+    }
 #define CASE(K) case K: encode_##K(w, group, rows, cols, grids + k, record, tag + 1); break;
     switch (k) { FOR_WIDTHS(CASE) }
 #undef CASE

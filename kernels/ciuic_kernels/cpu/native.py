@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ciuic_kernels.codec import all_codecs
-from ciuic_kernels.codecs.grid import LINEAR, PLANES, SCALE_OFFSETS, levels, thresholds
+from ciuic_kernels.codec import all_codecs, codec_count
+from ciuic_kernels.codecs.grid import LINEAR, GRIDS, PLANES, SCALE_OFFSETS, levels, thresholds
 from ciuic_kernels.codecs.raw16 import RAW_BF16, RAW_FP16
+from ciuic_kernels.codecs.sparse import SPARSE
 from ciuic_kernels.codecs.zero import ZERO
 
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -32,6 +33,7 @@ OPENMP_FLAGS = ("-fopenmp", "")  # Apple's clang has none: the same code then ru
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What blocks.c has code for.
 CODECS = {ZERO.id, RAW_BF16.id, RAW_FP16.id}
+CODECS |= {grid.id for grid in GRIDS.values()} | {sparse.id for sparse in SPARSE.values()}
 DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write; float16 goes through float32
 MAX_TOKENS = 16  # rows of x that one pass over a matrix serves
 
@@ -122,9 +124,6 @@ def _build(compiler: str) -> Path:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    foreign = [codec.name for codec in all_codecs() if codec.id not in CODECS]
-    if foreign:
-        return None, f"blocks.c has no code for the codec {foreign[0]}"
     compiler = _compiler()
     if compiler is None:
         return None, "no C compiler was found (install gcc or clang, or set CC)"
@@ -145,17 +144,20 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 def unavailable_reason() -> str:
     """Why the compiled kernels cannot be used, or an empty string."""
+    if codec_count() > len(CODECS):  # a codec may be registered at any time
+        foreign = next(codec.name for codec in all_codecs() if codec.id not in CODECS)
+        return f"blocks.c has no code for the codec {foreign}"
     return _load()[1]
 
 
 def available() -> bool:
-    return _load()[0] is not None
+    return not unavailable_reason()
 
 
 def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(f"The compiled CPU kernels are not available: {reason}.")
+    library = _load()[0]
+    if library is None or not available():
+        raise RuntimeError(f"The compiled CPU kernels are not available: {unavailable_reason()}.")
     return library
 
 

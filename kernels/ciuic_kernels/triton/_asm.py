@@ -145,16 +145,12 @@ def _byte_in_two_steps(program: _Program, n: int) -> str:
 def scales(first_byte: int, rows: int) -> str:
     """PTX for scales of ``rows`` rows in one register: outputs float32, then the scale word, then 2^23 * exponent.
 
-    A scale byte and its block's exponent make the float32 ``((X << 4) + (byte & 127)) << 19`` with the byte's top bit
-    as sign. The byte goes to the top, an arithmetic shift by 5 puts it in place, copies of the sign are cleared.
+    A byte permute isolates the scale byte S, one multiply-add makes the float: ``S * (2^31 + 2^18) + 2^23 X``.
     """
     lines = []
     for row in range(rows):
         byte = first_byte + row * (4 // rows)
-        lines.append(
-            f"prmt.b32 t,${rows},0,0x{byte}444; shr.s32 t,t,5; and.b32 t,t,0x83FFFFFF; "
-            f"add.s32 ${row},t,${rows + 1};"
-        )
+        lines.append(f"prmt.b32 t,${rows},0,0x444{byte}; mad.lo.s32 ${row},t,0x80040000,${rows + 1};")
     return "{ .reg .b32 t; " + " ".join(lines) + " }"
 
 

@@ -148,8 +148,7 @@ def unpack(low, high, WIDTH: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.conste
 @triton.jit
 def scale_from_byte(byte, exponent):
     """The float32 scale of a byte (int32, 0..255) in a block with this exponent."""
-    magnitude = ((exponent << 4) + (byte & 127)) << 19
-    return (magnitude | ((byte >> 7) << 31)).to(tl.float32, bitcast=True)
+    return ((exponent << 23) + (byte << 18) + (byte << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
