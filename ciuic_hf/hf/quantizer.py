@@ -191,7 +191,7 @@ class CiuicQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile and capture: the Triton kernels never wait for the GPU, the reference does."""
+        """Whether ``generate`` may compile and capture: Triton kernels never wait for the GPU, the reference does."""
         return self._on_gpu_kernels
 
 

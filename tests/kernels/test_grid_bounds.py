@@ -1,7 +1,7 @@
 """How far a grid codec may move a weight, derived from the grid and the scales that the encoder tries.
 
 A scale s reaches to r = (1 + LINEAR) s, the outermost level. Let a be the largest magnitude of a group, S the smallest
-of the scales ``(1 + m / 16) 2^e`` whose reach R is not below a, and d the offset of the scale that was chosen, in steps
+of the scales ``(1 + m / 16) 2^e`` (negative ones ``(1 + m / 16 + 1 / 32) 2^e``) whose reach R is not below a, and d the offset of the scale that was chosen, in steps
 from S. Then a <= R < 17/16 a, and the widest steps of a scale are from m = 0, so that
 16 / (16 - min d) a <= r <= (17 + max d) / 16 a.  A group so far below the largest weight of its block that no scale
 byte reaches it gets the block's smallest scale instead.
@@ -49,8 +49,8 @@ def clipped(bits: int) -> float:
 
 
 def smallest_reach(bits: int, exponents: Tensor) -> Tensor:
-    """Of every block, as ``[B, 1, 1]``."""
-    return (1 + LINEAR[bits]) * torch.pow(2.0, exponents.double() - 127)[:, None, None]
+    """Of every block, as ``[B, 1, 1]``: with a negative scale, whose smallest mantissa is 1 + 1 / 32."""
+    return 33 / 32 * (1 + LINEAR[bits]) * torch.pow(2.0, exponents.double() - 127)[:, None, None]
 
 
 def largest_reach(bits: int, absmax: Tensor, exponents: Tensor) -> Tensor:

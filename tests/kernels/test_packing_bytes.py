@@ -33,7 +33,9 @@ def stored_bits(name: str, rows: int, cols: int) -> int:
         slots = (rows * cols * capacity + 31) // 32
         return 8 * (rows * ((cols + 7) // 8 + 1) + sum((slots * p + 7) // 8 for p in plane_widths(width)))
     width, group = (int(part) for part in name.removeprefix("grid").split("_g"))
-    return 8 * rows * (sum((cols * p + 15) // 16 * 2 for p in plane_widths(width)) + (cols + group - 1) // group)
+    return (
+        8 * rows * (sum((cols * p + 15) // 16 * 2 for p in plane_widths(width)) + (cols + group - 1) // group)
+    )
 
 
 def plane_widths(width: int) -> tuple[int, ...]:

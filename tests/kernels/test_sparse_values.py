@@ -11,7 +11,7 @@ from torch import Tensor
 from ciuic_kernels.codecs.grid import scale_values
 from ciuic_kernels.codecs.sparse import SPARSE, SparseCodec, largest
 from tests.kernels.samples import SPARSE_SAMPLE, blocks
-from tests.kernels.test_grid_bounds import SLACK, clipped, largest_scale, reach
+from tests.kernels.test_grid_bounds import SLACK, clipped, largest_reach, move
 
 each_sparse = pytest.mark.parametrize("codec", SPARSE_SAMPLE, ids=lambda codec: codec.name)
 
@@ -29,8 +29,8 @@ def test_no_stored_weight_moves_further_than_the_grid_allows(codec: SparseCodec,
     stored, (records, exponents) = kept(codec, batch), codec.encode(batch)
     error = (codec.decode(records, exponents, *batch.shape[1:]) - stored).abs()
     absmax, bits = stored.abs().amax(-1, keepdim=True).double(), codec.width
-    below = (clipped(bits) + reach(bits) * (1 - clipped(bits))) * absmax
-    allowed = torch.maximum(below, reach(bits) * largest_scale(bits, absmax, exponents))
+    below = (clipped(bits) + move(bits) * (1 - clipped(bits))) * absmax
+    allowed = torch.maximum(below, move(bits) * largest_reach(bits, absmax, exponents))
     assert (error.double().amax(-1, keepdim=True) <= allowed * SLACK).all()
     assert (error[stored == 0] == 0).all()
 

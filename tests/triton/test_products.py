@@ -19,7 +19,9 @@ from tests.triton.interpreted import counters, gpu_kernels, needs_interpreter, o
 
 pytestmark = needs_interpreter
 HALF = torch.float16
-FEW = settings(max_examples=8, phases=[Phase.explicit, Phase.generate])  # interpreted kernels are slow to shrink
+FEW = settings(
+    max_examples=8, phases=[Phase.explicit, Phase.generate]
+)  # interpreted kernels are slow to shrink
 
 
 def assert_routed(y: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, w: Operand) -> None:

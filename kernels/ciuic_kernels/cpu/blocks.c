@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-enum { ROWS = 64, COLS = 128, LANES = 16, MAX_TOKENS = 16, ALIGN = 16 };
+enum { ROWS = 64, COLS = 128, LANES = 16, MAX_TOKENS = 16, ALIGN = 16, TILE_WORDS = 8 };
 /* Below this many weights a second thread costs more than it brings. */
 enum { SERIAL_WEIGHTS = 1 << 16 };
 enum { F32 = 0, BF16 = 1, F16 = 2 };
@@ -29,14 +29,16 @@ typedef float f32v __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float f32v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float f32v4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t i32v __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint8_t u8v __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t u16v8 __attribute__((vector_size(16)));
+typedef uint16_t u16v __attribute__((vector_size(32)));
+typedef uint8_t u8v8 __attribute__((vector_size(8)));
 
 /* One width of the grid family; filled by native.py from codecs/grid.py. */
 struct grid {
     float levels[256];  /* value of each code at scale 1, repeated to the end, so that bits above a code do no harm */
     float inverse[8];   /* odd polynomial y -> code + 1/2, see guess16(); k terms */
     float first, last;  /* the outermost thresholds */
-    float curve;
+    float linear;       /* weight of the linear term against the cubic */
     int32_t offsets[8]; /* scale candidates */
     int32_t offset_count;
 };
@@ -71,9 +73,9 @@ static inline int codec_width(int id) {
 
 static inline int codec_group(int id) { return id & 96; }
 
-static inline int low_plane(int k) { return k == 3 ? 2 : k == 5 || k == 6 ? 4 : k; }
+static inline int low_plane(int k) { return k < 4 ? 2 : 4; }
 
-static inline int64_t plane_bytes(int64_t cols, int bits) { return ceil_div(cols * bits, 8); }
+static inline int64_t plane_bytes(int64_t cols, int bits) { return 2 * ceil_div(cols * bits, 16); } /* of one row */
 
 /* A sparse record: how many weights it can store, and where its parts begin behind the bitmap. */
 struct sparse {
@@ -83,8 +85,8 @@ struct sparse {
 static struct sparse sparse_of(int id, int64_t rows, int64_t cols) {
     int k = codec_width(id), b = low_plane(k), capacity = (id - SPARSE) % CAPACITIES + 1;
     int64_t slots = ceil_div(rows * cols * capacity, 32), scales = rows * ceil_div(cols, 8), low = scales + rows;
-    int64_t high = low + plane_bytes(slots, b);
-    return (struct sparse){slots, scales, low, high, high + plane_bytes(slots, k - b)};
+    int64_t high = low + ceil_div(slots * b, 8);
+    return (struct sparse){slots, scales, low, high, high + ceil_div(slots * (k - b), 8)};
 }
 
 static int64_t record_nbytes(int id, int64_t rows, int64_t cols) {
@@ -135,26 +137,42 @@ INLINE f32v smaller(f32v a, f32v b) {
 #endif
 }
 
-/* 16 bytes as 16 integers. Compilers turn the generic conversion into scalar code, hence the intrinsics. */
-INLINE i32v widen(const uint8_t *p) {
+/* Compilers turn generic conversions into scalar code, hence the intrinsics. */
+
+/* 8 words of 16 bits, twice. */
+INLINE i32v words_twice(const uint8_t *p) {
 #if defined(__AVX512F__)
-    return (i32v)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return (i32v)_mm512_broadcast_i64x4(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)));
 #elif defined(__AVX2__)
-    union { i32v v; __m256i half[2]; } u;
-    u.half[0] = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-    u.half[1] = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)));
+    __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    union { __m256i half[2]; i32v v; } u = {{words, words}};
     return u.v;
 #else
-    return __builtin_convertvector(*(const u8v *)p, i32v);
+    uint16_t w[8];
+    memcpy(w, p, 16);
+    return (i32v){w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]};
 #endif
 }
 
-/* 8 bytes, twice. */
-INLINE i32v widen_twice(const uint8_t *p) {
-    uint8_t both[16];
-    memcpy(both, p, 8);
-    memcpy(both + 8, p, 8);
-    return widen(both);
+/* 16 words of 16 bits. */
+INLINE i32v widen(u16v8 low, u16v8 high) {
+#if defined(__AVX512F__)
+    return (i32v)_mm512_cvtepu16_epi32(_mm256_set_m128i((__m128i)high, (__m128i)low));
+#elif defined(__AVX2__)
+    union { __m256i half[2]; i32v v; } u = {{_mm256_cvtepu16_epi32((__m128i)low), _mm256_cvtepu16_epi32((__m128i)high)}};
+    return u.v;
+#else
+    union { struct { u16v8 low, high; } words; u16v wide; } u = {{low, high}};
+    return __builtin_convertvector(u.wide, i32v);
+#endif
+}
+
+/* 4 words of 16 bits, four times. */
+INLINE i32v words_four_times(const uint8_t *p) {
+    uint8_t twice[16];
+    memcpy(twice, p, 8);
+    memcpy(twice + 8, p, 8);
+    return words_twice(twice);
 }
 
 /* The low bytes of 16 integers. */
@@ -209,12 +227,11 @@ INLINE float maximum(f32v v) {
 #endif
 }
 
-/* The formula of codecs/grid.py with u = 2^(k-1) t. The curve is a multiple of 1/32 and k at most 8, so everything
- * but the last product is exact, and the constants and the multiply-add change no rounding. */
+/* The formula of codecs/grid.py, which is exact up to here, so that the multiply-add changes no bit. A code in the low
+ * bits of 2^(24-k) adds q / 2^(k-1) to it. */
 INLINE f32v formula16(i32v q, int k, const struct grid *g) {
-    const float half = (float)(1 << (k - 1));
-    f32v u = __builtin_convertvector(q, f32v) - half;
-    return u * multiply_add(u * u, splat(g->curve / (half * half * half)), splat((1.0f - g->curve) / half));
+    f32v t = (f32v)(q | (151 - k) << 23) - (1.0f + (float)(1 << (24 - k)));
+    return t * multiply_add(t, t, splat(g->linear));
 }
 
 /* Levels of 16 codes. Bits above the codes are ignored, so that codes16() need not clear them. */
@@ -233,45 +250,62 @@ INLINE f32v levels16(i32v q, int k, const struct grid *g) {
     return formula16(q, k, g);
 }
 
-/* A plane of p bits keeps cols * p / 8 bytes a row and column j * bytes + w in bits [j p, (j + 1) p) of byte w.
- * This returns the fields of columns 16 j .. 16 j + 15 of a block of 64 or 128 columns, starting at bit ``to``,
- * with whatever the byte holds around them. */
-INLINE i32v fields16(const uint8_t *row, int bits, int cols, int j, int to) {
-    const int bytes = cols * bits / 8, from = 16 * j / bytes * bits;
-    if (bytes < 16) {
-        const i32v shifts = {0, 0, 0, 0, 0, 0, 0, 0, bits, bits, bits, bits, bits, bits, bits, bits};
-        return (widen_twice(row) << to) >> (shifts + 2 * j * bits);
+/* Codes of columns 16 i .. 16 i + 15 in a plane of a block of 64 or 128 columns, starting at bit ``to``, with whatever
+ * their words hold around them. ``row`` is the row in the first tile, ``tile`` the bytes from tile to tile. In a tile
+ * of 8 words a row they are two neighbouring codes of each word, which are 4 bits apart. */
+INLINE i32v fields16(const uint8_t *row, int64_t tile, int bits, int cols, int i, int to) {
+    if (cols * bits == COLS / 2) { /* 4 words a row: four codes of each */
+        const i32v shifts = {12, 12, 12, 12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0};
+        return (words_four_times(row) << shifts) >> (12 + i - to);
     }
-    i32v v = widen(row + 16 * j % bytes);
-    return from > to ? v >> (from - to) : v << (to - from);
+    const int first = i * bits % 8 / bits * 2, from = 4 * (first % 4) + bits * (first / 4);
+    i32v v = words_twice(row + i * bits / 8 * tile);
+    if (to == 0) return v >> (i32v){0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4} >> from;
+    return v << (i32v){4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0} >> (from + 4 - to);
+}
+
+/* Where the parts of a row of a grid record lie, in the first tile of each plane, and the bytes from tile to tile. */
+struct row {
+    const uint8_t *low, *high, *scales;
+    int64_t tile;
+};
+
+/* Codes of 16 columns in two planes of 4 bits, with nothing above them. Joined as words, bytes of which are codes. */
+INLINE i32v bytes16(struct row row, int i) {
+    const uint16_t nibbles = 0x0f0f;
+    u16v8 low, high;
+    memcpy(&low, row.low + i / 2 * row.tile, sizeof low);
+    memcpy(&high, row.high + i / 2 * row.tile, sizeof high);
+    i32v pairs = widen((low & nibbles) | ((high << 4) & (uint16_t)~nibbles), ((low >> 4) & nibbles) | (high & (uint16_t)~nibbles));
+    if (i % 2) return pairs >> 8;
+    return pairs & 255;
 }
 
 /* Codes of 16 columns; bits above the k-th are not cleared. */
-INLINE i32v codes16(const uint8_t *low, const uint8_t *high, int k, int cols, int j) {
+INLINE i32v codes16(struct row row, int k, int cols, int i) {
     const int b = low_plane(k);
-    i32v q = fields16(low, b, cols, j, 0);
+    if (k == 8) return bytes16(row, i);
+    i32v q = fields16(row.low, row.tile, b, cols, i, 0);
     if (k == b) return q;
-    return blend_bits((i32v){} + ((1 << b) - 1), q, fields16(high, k - b, cols, j, b));
+    return blend_bits((i32v){} + ((1 << b) - 1), q, fields16(row.high, row.tile, k - b, cols, i, b));
 }
 
 /* ---- decode ------------------------------------------------------------------------------------------------- */
 
-/* Where the parts of one row of a grid record lie. */
-struct row {
-    const uint8_t *low, *high, *scales;
-};
+/* Bytes of a row of a plane in its first tile. */
+INLINE int64_t tile_bytes(int64_t cols, int bits) { return min64(2 * TILE_WORDS, plane_bytes(cols, bits)); }
 
 INLINE struct row row_of(const uint8_t *record, int k, int64_t rows, int64_t cols, int group, int64_t r) {
     const int b = low_plane(k);
-    int64_t low_bytes = plane_bytes(cols, b), high_bytes = plane_bytes(cols, k - b);
-    const uint8_t *high = record + rows * low_bytes, *scales = high + rows * high_bytes;
-    return (struct row){record + r * low_bytes, high + r * high_bytes, scales + r * ceil_div(cols, group)};
+    const uint8_t *high = record + rows * plane_bytes(cols, b), *scales = high + rows * plane_bytes(cols, k - b);
+    return (struct row){record + r * tile_bytes(cols, b), high + r * tile_bytes(cols, k - b),
+                        scales + r * ceil_div(cols, group), 2 * TILE_WORDS * rows};
 }
 
 /* The same for the row after it. */
 INLINE struct row row_after(struct row row, int k, int64_t cols) {
     const int b = low_plane(k);
-    return (struct row){row.low + plane_bytes(cols, b), row.high + plane_bytes(cols, k - b), row.scales};
+    return (struct row){row.low + tile_bytes(cols, b), row.high + tile_bytes(cols, k - b), row.scales, row.tile};
 }
 
 /* A loop that compilers vectorise, unlike the same arithmetic inside the loops over rows. */
@@ -290,24 +324,40 @@ INLINE void decode_even(const uint8_t *record, uint8_t exponent, int64_t rows, i
     for (int64_t r = 0; r < count; r++, at += stride, row = row_after(row, k, cols)) {
 #pragma GCC unroll 8
         for (int j = 0; j < cols / LANES; j++) {
-            f32v level = levels16(codes16(row.low, row.high, k, cols, j), k, g);
+            f32v level = levels16(codes16(row, k, cols, j), k, g);
             store(out, dtype, at + LANES * j, splat(scales[r * groups + LANES * j / group]) * level);
         }
     }
 }
 
-static inline int field(const uint8_t *row, int64_t nbytes, int bits, int64_t col) {
-    return (row[col % nbytes] >> (bits * (col / nbytes))) & ((1 << bits) - 1);
+/* Adds a plane's bits of row r to its codes, from bit ``shift`` on. Tiles may have any number of words: 8 codes are
+ * written at a time, and what lies past a word that exists is zero. */
+static void unpack_row(const uint8_t *plane, int64_t rows, int64_t cols, int64_t r, int bits, int shift,
+                       uint8_t *codes) {
+    int64_t left = plane_bytes(cols, bits) / 2; /* words */
+    for (; left > 0; left -= TILE_WORDS, plane += 2 * TILE_WORDS * rows) {
+        int64_t words = min64(TILE_WORDS, left);
+        u16v8 v = {0};
+        memcpy(&v, plane + 2 * words * r, (size_t)(2 * words));
+        for (int j = 0; j < 16 / bits; j++, codes += words) {
+            u16v8 fields = (v >> (4 * (j % 4) + bits * (j / 4))) & (uint16_t)((1 << bits) - 1);
+            u8v8 sum;
+            memcpy(&sum, codes, 8);
+            sum |= __builtin_convertvector(fields << shift, u8v8);
+            memcpy(codes, &sum, 8);
+        }
+    }
 }
 
-static void decode_row_ragged(struct row row, uint8_t exponent, int k, int group, int64_t cols,
-                              const struct grid *g, float *out) {
-    int b = low_plane(k);
-    for (int64_t c = 0; c < cols; c++) {
-        int q = field(row.low, plane_bytes(cols, b), b, c);
-        if (k > b) q |= field(row.high, plane_bytes(cols, k - b), k - b, c) << b;
-        out[c] = scale_value(row.scales[c / group], exponent) * g->levels[q];
-    }
+static void decode_row_ragged(const uint8_t *record, uint8_t exponent, int k, int group, int64_t rows, int64_t cols,
+                              int64_t r, const struct grid *g, float *out) {
+    const int b = low_plane(k);
+    const uint8_t *high = record + rows * plane_bytes(cols, b);
+    const uint8_t *scales = high + rows * plane_bytes(cols, k - b) + r * ceil_div(cols, group);
+    uint8_t codes[COLS + TILE_WORDS] = {0};
+    unpack_row(record, rows, cols, r, b, 0, codes);
+    if (k > b) unpack_row(high, rows, cols, r, k - b, b, codes);
+    for (int64_t c = 0; c < cols; c++) out[c] = scale_value(scales[c / group], exponent) * g->levels[codes[c]];
 }
 
 /* Integer arithmetic: exact, needs no hardware support, and does not depend on the treatment of subnormals. */
@@ -388,7 +438,7 @@ static void decode_any(const uint8_t *record, int id, uint8_t exponent, int64_t 
         if (id == RAW_BF16 || id == RAW_FP16)
             widen_row((const uint16_t *)record + r * cols, id == RAW_BF16 ? BF16 : F16, cols, line);
         else if (id != ZERO)
-            decode_row_ragged(row_of(record, k, rows, cols, group, r), exponent, k, group, cols, grids + k, line);
+            decode_row_ragged(record, exponent, k, group, rows, cols, r, grids + k, line);
         store_line(line, cols, dtype, out, at);
     }
 }
@@ -472,7 +522,7 @@ INLINE void product_one(const uint8_t *record, uint8_t exponent, int64_t rows, i
             f32v part = splat(0);
 #pragma GCC unroll 4
             for (int j = n * group / LANES; j < (n + 1) * group / LANES; j++)
-                part = multiply_add(levels16(codes16(row.low, row.high, k, cols, j), k, g),
+                part = multiply_add(levels16(codes16(row, k, cols, j), k, g),
                                     load(x + LANES * j), part);
             total = multiply_add(splat(scales[r * groups + n]), part, total);
         }
@@ -484,7 +534,7 @@ INLINE void decode_weights(struct row row, const float *scales, int k, int cols,
                            f32v *out) {
 #pragma GCC unroll 8
     for (int j = 0; j < cols / LANES; j++)
-        out[j] = splat(scales[LANES * j / group]) * levels16(codes16(row.low, row.high, k, cols, j), k, g);
+        out[j] = splat(scales[LANES * j / group]) * levels16(codes16(row, k, cols, j), k, g);
 }
 
 /* sums[r * tokens + t] += row first + r . x[t]. Two rows stay decoded in registers while the tokens pass by, so
@@ -679,7 +729,8 @@ INLINE float quantize_group(const float *w, int group, float scale, int k, const
 }
 
 /* Smallest scale index that clips nothing, with the sign in bit 31, for each group; returns the block's exponent. */
-INLINE uint8_t anchor_block(float (*w)[COLS], int64_t rows, int64_t groups, int group, uint32_t *anchors) {
+INLINE uint8_t anchor_block(float (*w)[COLS], int64_t rows, int64_t groups, int group, const struct grid *g,
+                            uint32_t *anchors) {
     int32_t top = 0;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t n = 0; n < groups; n++) {
@@ -690,13 +741,14 @@ INLINE uint8_t anchor_block(float (*w)[COLS], int64_t rows, int64_t groups, int 
                 low = smaller(low, load(w[r] + n * group + LANES * j));
             }
             float above = maximum(high), below = maximum(-low);
-            uint32_t bits = as_bits(above > below ? above : below) & 0x7fffffffu;
-            int32_t index = (int32_t)((bits + ((1u << 19) - 1)) >> 19);
-            anchors[r * groups + n] = (uint32_t)index | (above > below ? 0x80000000u : 0);
+            uint32_t bits = as_bits((above > below ? above : below) / (1.0f + g->linear)) & 0x7fffffffu;
+            uint32_t sign = above > below; /* negative scales lie half a step of the mantissa higher */
+            int32_t index = (int32_t)((bits + ((1u << 19) - 1) - (sign << 18)) >> 19);
+            anchors[r * groups + n] = (uint32_t)index | sign << 31;
             top = index > top ? index : top;
         }
     int32_t exponent = (top >> 4) - 7;
-    return (uint8_t)(exponent < 1 ? 1 : exponent > 247 ? 247 : exponent);
+    return (uint8_t)(exponent < 1 ? 1 : exponent > 244 ? 244 : exponent);
 }
 
 /* Codes and scale byte of one group: the candidate of least squared error, the first among equals. Every candidate
@@ -709,7 +761,7 @@ INLINE uint8_t encode_group(const float *w, int k, int group, uint32_t anchor, u
     int kept = 0;
     for (int c = 0; c < g->offset_count; c++) {
         int32_t index = (int32_t)(anchor & 0xffff) + g->offsets[c] - 16 * exponent;
-        bytes[c] = (uint8_t)((index < 0 ? 0 : index > 127 ? 127 : index) | (int32_t)(anchor >> 24));
+        bytes[c] = (uint8_t)((uint32_t)(index < 0 ? 0 : index > 127 ? 127 : index) << 1 | anchor >> 31);
         float error = quantize_group(w, group, scale_value(bytes[c], exponent), k, g, codes[c]);
         kept = error < best ? c : kept;
         best = error < best ? error : best;
@@ -718,36 +770,39 @@ INLINE uint8_t encode_group(const float *w, int k, int group, uint32_t anchor, u
     return bytes[kept];
 }
 
-/* Bits [shift, shift + bits) of a row's codes as a plane, eight bytes at a time: no field leaves its byte. Eight
- * zero codes follow the last column. */
-INLINE void pack_plane(const uint8_t *codes, int64_t cols, int bits, int shift, uint8_t *out) {
-    const uint64_t mask = 0x0101010101010101u * ((1u << bits) - 1);
-    int64_t nbytes = plane_bytes(cols, bits);
-    for (int64_t w = 0; w < nbytes; w += 8) {
-        uint64_t packed = 0, word;
-#pragma GCC unroll 8
-        for (int j = 0; j < 8 / bits; j++) {
-            memcpy(&word, codes + j * nbytes + w, 8);
-            packed |= ((word >> shift) & mask) << (j * bits);
+/* Bits [shift, shift + bits) of the codes of row r into a plane. Codes past the last column are zero, 8 of them past
+ * the last that a block can have; the words of a tile that do not exist are not stored. */
+INLINE void pack_row(const uint8_t *codes, int64_t rows, int64_t cols, int64_t r, int bits, int shift, uint8_t *plane) {
+    int64_t left = plane_bytes(cols, bits) / 2; /* words */
+    for (; left > 0; left -= TILE_WORDS, plane += 2 * TILE_WORDS * rows) {
+        int64_t words = min64(TILE_WORDS, left);
+        u16v8 packed = {0};
+#pragma GCC unroll 16
+        for (int j = 0; j < 16 / bits; j++, codes += words) {
+            u8v8 of_words;
+            memcpy(&of_words, codes, 8);
+            u16v8 fields = (__builtin_convertvector(of_words, u16v8) >> shift) & (uint16_t)((1 << bits) - 1);
+            packed |= fields << (4 * (j % 4) + bits * (j / 4));
         }
-        memcpy(out + w, &packed, (size_t)min64(8, nbytes - w));
+        memcpy(plane + 2 * words * r, &packed, (size_t)(2 * words));
     }
 }
 
 INLINE void encode_grid(float (*w)[COLS], int k, int group, int64_t rows, int64_t cols, const struct grid *g,
                         uint8_t *record, uint8_t *exponent) {
     const int b = low_plane(k);
-    int64_t groups = ceil_div(cols, group), low_bytes = plane_bytes(cols, b), high_bytes = plane_bytes(cols, k - b);
-    uint8_t *high = record + rows * low_bytes, *scales = high + rows * high_bytes, codes[COLS + 16];
+    int64_t groups = ceil_div(cols, group);
+    uint8_t *high = record + rows * plane_bytes(cols, b), *scales = high + rows * plane_bytes(cols, k - b);
+    uint8_t codes[COLS + TILE_WORDS];
     uint32_t anchors[ROWS * COLS / 32];
-    *exponent = anchor_block(w, rows, groups, group, anchors);
+    *exponent = anchor_block(w, rows, groups, group, g, anchors);
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t n = 0; n < groups; n++)
             scales[r * groups + n] = encode_group(w[r] + n * group, k, group, anchors[r * groups + n], *exponent, g,
                                                   codes + n * group);
-        memset(codes + cols, 0, (size_t)(COLS + 16 - cols));
-        pack_plane(codes, cols, b, 0, record + r * low_bytes);
-        if (k > b) pack_plane(codes, cols, k - b, b, high + r * high_bytes);
+        memset(codes + cols, 0, (size_t)(COLS + TILE_WORDS - cols));
+        pack_row(codes, rows, cols, r, b, 0, record);
+        if (k > b) pack_row(codes, rows, cols, r, k - b, b, high);
     }
 }
 
@@ -802,7 +857,7 @@ static void encode_sparse(float (*w)[COLS], int id, int64_t rows, int64_t cols, 
     int64_t i = 0;
     memset(record, 0, (size_t)s.end);
     prune(w, rows, cols, s.slots, record);
-    *exponent = anchor_block(w, rows, 1, COLS, anchors);
+    *exponent = anchor_block(w, rows, 1, COLS, grids + k, anchors);
     for (int64_t r = 0; r < rows; r++) {
         record[s.scales + r] = encode_group(w[r], k, COLS, anchors[r], *exponent, grids + k, codes);
         for (int64_t j = 0; j < ceil_div(cols, 64); j++) {

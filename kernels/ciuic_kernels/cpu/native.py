@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ciuic_kernels.codec import all_codecs, codec_count
-from ciuic_kernels.codecs.grid import LINEAR, GRIDS, PLANES, SCALE_OFFSETS, levels, thresholds
+from ciuic_kernels.codecs.grid import GRIDS, LINEAR, PLANES, SCALE_OFFSETS, levels, thresholds
 from ciuic_kernels.codecs.raw16 import RAW_BF16, RAW_FP16
 from ciuic_kernels.codecs.sparse import SPARSE
 from ciuic_kernels.codecs.zero import ZERO
@@ -33,7 +33,7 @@ OPENMP_FLAGS = ("-fopenmp", "")  # Apple's clang has none: the same code then ru
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What blocks.c has code for.
 CODECS = {ZERO.id, RAW_BF16.id, RAW_FP16.id}
-CODECS |= {grid.id for grid in GRIDS.values()} | {sparse.id for sparse in SPARSE.values()}
+CODECS |= {codec.id for codec in (*GRIDS.values(), *SPARSE.values())}
 DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write; float16 goes through float32
 MAX_TOKENS = 16  # rows of x that one pass over a matrix serves
 
@@ -44,7 +44,7 @@ class _Grid(ctypes.Structure):
         ("inverse", ctypes.c_float * 8),
         ("first", ctypes.c_float),
         ("last", ctypes.c_float),
-        ("curve", ctypes.c_float),
+        ("linear", ctypes.c_float),
         ("offsets", ctypes.c_int32 * 8),
         ("offset_count", ctypes.c_int32),
     )
@@ -75,7 +75,7 @@ def _grid_tables() -> ctypes.Array[_Grid]:
         offsets = SCALE_OFFSETS[bits]
         table.offsets[: len(offsets)] = offsets
         table.offset_count = len(offsets)
-        table.curve = LINEAR[bits]
+        table.linear = LINEAR[bits]
     return tables
 
 

@@ -113,6 +113,7 @@ def dequantize(
         first_block,
         shape.strips,
         KINDS=tuple(kinds),
+        PLAIN=interpreted(),
         num_warps=4,
     )
     return out
