@@ -50,7 +50,8 @@ def test_a_codec_that_the_compiled_kernels_do_not_know_turns_them_off(
     with pytest.warns(UserWarning, match="blocks.c has no code for the codec foreign"):
         assert not dispatch.use_native(CPU)
     with pytest.raises(RuntimeError, match="no code for the codec foreign"):
-        native.gather(*operand((5, 40)).stored, 5, 40, torch.tensor([0]), torch.float32)
+        w = operand((5, 40))
+        native.gather(w.arena, w.tags, w.derived.offsets, 5, 40, torch.tensor([0]), torch.float32)
 
 
 def test_asking_for_the_reference_is_no_reason_to_warn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,10 @@
 """How far a grid codec may move a weight, derived from the grid and the scales that the encoder tries.
 
 A scale s reaches to r = (1 + LINEAR) s, the outermost level. Let a be the largest magnitude of a group, S the smallest
-of the scales ``(1 + m / 16) 2^e`` (negative ones ``(1 + m / 16 + 1 / 32) 2^e``) whose reach R is not below a, and d the offset of the scale that was chosen, in steps
-from S. Then a <= R < 17/16 a, and the widest steps of a scale are from m = 0, so that
-16 / (16 - min d) a <= r <= (17 + max d) / 16 a.  A group so far below the largest weight of its block that no scale
-byte reaches it gets the block's smallest scale instead.
+of the scales of its sign whose reach R is not below a, and d the offset of the scale that was chosen, in steps from S.
+Scales are ``(1 + m / 16) 2^e``, negative ones ``(1 + m / 16 + 1 / 32) 2^e``, so a <= R < 17/16 a, and the widest steps
+of a scale are from m = 0, so that 16 / (16 - min d) a <= r <= (17 + max d) / 16 a. A group so far below the largest
+weight of its block that no scale byte reaches it gets the block's smallest scale instead.
 
 A weight inside the grid moves by at most half of its widest step. One beyond its last level (which is below r, as
 t = 1 is no code) or beyond r (when r < a) moves by what it is beyond.

@@ -37,9 +37,12 @@ def read_scale(
     record: bytes, exponent: int, codec: GridCodec, rows: int, cols: int, row: int, col: int
 ) -> float:
     groups = -(-cols // codec.group)
-    byte = record[len(record) - rows * groups + row * groups + col // codec.group]
-    sign, e, m = byte >> 7, byte >> 4 & 7, byte & 15
-    return (-1) ** sign * (1 + m / 16) * 2.0 ** (exponent + e - 127)
+    return scale_of(record[len(record) - rows * groups + row * groups + col // codec.group], exponent)
+
+
+def scale_of(byte: int, exponent: int) -> float:
+    sign, e, m = byte & 1, byte >> 5, byte >> 1 & 15
+    return (-1) ** sign * (1 + m / 16 + sign / 32) * 2.0 ** (exponent + e - 127)
 
 
 def read_weight(code: int, scale: float, bits: int) -> float:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ciuic_kernels import BlockGrid, PackedTensor, ops
 from ciuic_kernels.codecs.sparse import SPARSE, SparseCodec
-from ciuic_kernels.layout import validate
+from ciuic_kernels.derived import derive
 from ciuic_kernels.packing import decode_tensor, encode_tensor
 from tests.kernels.samples import IMPLEMENTATIONS, SPARSE_SAMPLE, generator, implementation, weights
-from tests.kernels.test_grid_record import read_weight
+from tests.kernels.test_grid_record import read_weight, scale_of
 from tests.kernels.tolerances import assert_product
 
 each_sparse = pytest.mark.parametrize("codec", SPARSE_SAMPLE, ids=lambda codec: codec.name)
@@ -26,7 +26,7 @@ def read_field(plane: bytes, width: int, number: int) -> int:
 
 def read_block(record: bytes, exponent: int, codec: SparseCodec, rows: int, cols: int) -> list[list[float]]:
     slots, row_bytes = -(-rows * cols * codec.capacity // 32), -(-cols // 8)
-    widths = {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(codec.width, (codec.width,))
+    widths = {3: (2, 1), 5: (4, 1), 6: (4, 2), 8: (4, 4)}.get(codec.width, (codec.width,))
     scales, at, planes = record[rows * row_bytes :][:rows], rows * row_bytes + rows, []
     for width in widths:
         planes.append(record[at : at + -(-slots * width // 8)])
@@ -34,11 +34,7 @@ def read_block(record: bytes, exponent: int, codec: SparseCodec, rows: int, cols
     assert at == len(record)
     values, number = [[0.0] * cols for _ in range(rows)], 0
     for r in range(rows):
-        scale = (
-            (-1) ** (scales[r] >> 7)
-            * (1 + (scales[r] & 15) / 16)
-            * 2.0 ** (exponent + (scales[r] >> 4 & 7) - 127)
-        )
+        scale = scale_of(scales[r], exponent)
         for c in range(cols):
             if record[r * row_bytes + c // 8] >> (c % 8) & 1:
                 if number < slots:
@@ -92,8 +88,8 @@ def test_a_full_bitmap_in_every_operator() -> None:
     shape, codec = (70, 200), SPARSE[4, 3]
     packed = encode_tensor(weights(shape, 0), torch.full((2, 2), codec.id, dtype=torch.uint8))
     packed.arena.fill_(255)
-    dense, offsets = decode_tensor(packed), validate(packed)
-    stored = (packed.arena, packed.tags, offsets)
+    dense = decode_tensor(packed)
+    stored = (packed.arena, packed.tags, *derive(packed.tags, packed.grid, packed.arena.numel()))
     sizes = [codec.slots(r, c) for r in (64, 6) for c in (128, 72)]
     assert int(dense.count_nonzero()) == sum(sizes)
     order = torch.randperm(70)
@@ -107,10 +103,10 @@ def test_the_bytes_of_a_small_block() -> None:
     """The examples of docs/checkpoint-format.md; of equal magnitudes the later are dropped."""
     block = torch.tensor([[[-4, -2, -1, 0, 1], [2, 3, 1, -1, 0.5]]])
     records, exponents = SPARSE[4, 16].encode(block)
-    assert exponents.tolist() == [0x7A]
-    assert bytes(records[0].tolist()).hex(" ") == "07 03 70 e9 30 25 00"
+    assert exponents.tolist() == [0x78]
+    assert bytes(records[0].tolist()).hex(" ") == "07 03 f4 e7 30 25 00"
     records, exponents = SPARSE[3, 20].encode(block)
-    assert bytes(records[0].tolist()).hex(" ") == "17 07 71 e8 78 21 08"
+    assert bytes(records[0].tolist()).hex(" ") == "17 07 e2 cf 78 21 08"
 
 
 @pytest.mark.usefixtures("compiled")

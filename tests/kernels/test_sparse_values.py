@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ciuic_kernels.codecs.grid import scale_values
+from ciuic_kernels.codecs.grid import LINEAR, scale_values
 from ciuic_kernels.codecs.sparse import SPARSE, SparseCodec, largest
 from tests.kernels.samples import SPARSE_SAMPLE, blocks
 from tests.kernels.test_grid_bounds import SLACK, clipped, largest_reach, move
@@ -66,10 +66,11 @@ def test_a_capacity_that_suffices_is_as_good_as_a_larger_one() -> None:
 def test_the_largest_weight_of_a_row_meets_the_end_of_the_grid(codec: SparseCodec) -> None:
     """A row whose largest weight a scale can be, and nothing else, is exact, whatever its sign."""
     block = torch.zeros(1, 64, 128)
-    block[0, ::3, 5] = 1.75
-    block[0, 1::3, 127] = -0.5
+    end = 1 + LINEAR[codec.width]
+    block[0, ::3, 5] = end * 1.78125
+    block[0, 1::3, 127] = end * -0.5
     records, exponents = codec.encode(block)
     assert torch.equal(codec.decode(records, exponents, 64, 128), block)
     scales = scale_values(records[:, 1024:1088], exponents[:, None])
-    assert torch.equal(scales[0, :2], torch.tensor([-1.75, 0.5]))
+    assert torch.equal(scales[0, :2], torch.tensor([-1.78125, 0.5]))
     assert (records[0, 1024:1088][2::3] == 0).all()
