@@ -8,10 +8,15 @@ Importing this package registers the ``ciuic`` quantization method with transfor
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=ciuic_hf.CiuicConfig(bits=4.25))
 """
 
+from ciuic_hf.compressor.adaptive import adaptive_compress as adaptive_compress
+from ciuic_hf.compressor.compressed import CompressedTensor as CompressedTensor
+from ciuic_hf.compressor.compressor import CiuicCompressor as CiuicCompressor
 from ciuic_hf.errors import CiuicError as CiuicError
 from ciuic_hf.hf import merge as _merge
+from ciuic_hf.hf.apply import apply_ciuic_compression as apply_ciuic_compression
 from ciuic_hf.hf.config import CiuicConfig as CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer as CiuicQuantizer
+from ciuic_hf.memory_calculator import MemoryCalculator as MemoryCalculator
 from ciuic_hf.modules.embedding import CiuicEmbedding as CiuicEmbedding
 from ciuic_hf.modules.experts import CiuicExperts as CiuicExperts
 from ciuic_hf.modules.linear import CiuicLinear as CiuicLinear

@@ -13,33 +13,63 @@ from dataclasses import dataclass, field
 
 from ciuic_hf.errors import CiuicError
 from ciuic_kernels import codec_by_name
+from ciuic_kernels.codecs.grid import PLANES
+from ciuic_kernels.codecs.sparse import CAPACITIES, CAPACITY_UNIT
+from ciuic_kernels.format import ceil_div
 
 ROLES = ("linear", "attention", "mlp", "shared_experts", "experts", "embeddings", "lm_head")
 LINEAR_ROLES = ("linear", "attention", "mlp", "shared_experts")
 MIN_BITS, MAX_BITS = 1.0, 16.0
 TABLE_BITS = 8.0  # embeddings and lm_head unless told: the cheapest quality in a model (docs/adr/002)
-RAW = "raw"
+RAW, ADAPTIVE = "raw", "adaptive"
+QUANT = {f"quant{width}": f"grid{width}_g32" for width in PLANES}
+SPARSE = "sparse"
+SPARSE_PERCENT, SPARSE_WIDTH = 50, 4  # of "sparse": what is kept of each block, and its bits
 
 Setting = float | str
-"""Bits per weight with everything counted, the name of a codec, or ``"raw"`` to leave the weights as they are."""
+"""Bits per weight with everything counted, the name of a codec, ``"adaptive"``, or ``"raw"`` to leave the weights as
+they are. ``"quant4"`` is another name for ``"grid4_g32"``, and so for every width of the grid. ``"sparse30"`` prunes:
+of each block the 30 % of largest magnitude are kept, in 4 bits; ``"sparse"`` alone keeps 50 %."""
 
 
 def check_setting(value: object, where: str) -> Setting:
-    """A valid setting, or CiuicError naming ``where``."""
+    """A valid setting with shorthands spelled out, or CiuicError naming ``where``."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise CiuicError(f"{where} must be bits per weight or a codec name, got {value!r}.")
+        raise CiuicError(f"{where} must be bits per weight or the name of a codec or policy, got {value!r}.")
     if isinstance(value, str):
-        if value == RAW:
-            return value
-        try:
-            return codec_by_name(value).name
-        except ValueError as error:
-            raise CiuicError(f'{where}: {error} "raw" leaves the weights as they are.') from None
+        return value if value in (RAW, ADAPTIVE) else _codec_name(value, where)
     if not MIN_BITS <= value <= MAX_BITS:
         raise CiuicError(
             f"{where} must be between {MIN_BITS:g} and {MAX_BITS:g} bits per weight, got {value}."
         )
     return float(value)
+
+
+def _codec_name(value: str, where: str) -> str:
+    """The codec that a word stands for. Raises CiuicError with the words there are."""
+    if value in QUANT:
+        return QUANT[value]
+    if value == SPARSE or (value.startswith(SPARSE) and value.removeprefix(SPARSE).isdecimal()):
+        return _sparse_codec(int(value.removeprefix(SPARSE) or SPARSE_PERCENT), where)
+    try:
+        return codec_by_name(value).name
+    except ValueError as error:
+        words = ", ".join([*QUANT, f"{SPARSE}, {SPARSE}<percent kept>", ADAPTIVE])
+        raise CiuicError(
+            f"{where}: {error} Or give bits per weight as a number, {words}, or {RAW}, which leaves the weights as "
+            "they are."
+        ) from None
+
+
+def _sparse_codec(percent: int, where: str) -> str:
+    """The codec that keeps at least this share of every block."""
+    largest = 100 * max(CAPACITIES) / CAPACITY_UNIT
+    if not 0 < percent <= largest:
+        raise CiuicError(
+            f"{where} keeps {percent} % of the weights; sparse blocks keep 1 to {largest:.0f} %. Use "
+            f"quant{SPARSE_WIDTH}, which keeps all, or a number of bits."
+        )
+    return f"{SPARSE}{SPARSE_WIDTH}_d{ceil_div(percent * CAPACITY_UNIT, 100)}"
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

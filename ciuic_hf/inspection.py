@@ -6,25 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from ciuic_hf.checkpoint import DTYPE_NBYTES, TensorHeader, check_files, checkpoint_files, read_config
+from ciuic_hf.compressor.blocks import codec_counts
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.report import CompressedParameter, KeptParameter, Report
-from ciuic_kernels import BlockGrid, codec_by_id
+from ciuic_kernels import BlockGrid
 from ciuic_kernels.layout import FormatError, strip_offsets
 
 VECTORS = "vectors (norms, biases)"
-
-
-def codec_counts(tags: torch.Tensor) -> dict[str, int]:
-    """Codec name -> number of blocks; empty for tags that are offloaded."""
-    if tags.device.type == "meta":
-        return {}
-    ids, counts = tags[..., 0].unique(return_counts=True)
-    return {codec_by_id(i).name: n for i, n in zip(ids.tolist(), counts.tolist(), strict=True)}
 
 
 def inspect_checkpoint(directory: Path | str) -> Report:

@@ -14,6 +14,8 @@ from typing import Self
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def anonymous_nbytes() -> int | None:
@@ -27,6 +29,33 @@ def anonymous_nbytes() -> int | None:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def system_memory() -> tuple[int, int] | None:
+    """Bytes of memory in all and bytes available, or None where /proc does not tell.
+
+    In a container with a limit of its own (cgroup v2) these are the limit and what is left of it; pages of files
+    count as available, as the system takes them back.
+    """
+    if not _MEMINFO.exists():
+        return None
+    fields = {name: int(value.split()[0]) * 1024 for name, value in _key_values(_MEMINFO.read_text(), ":")}
+    total, available = fields["MemTotal"], fields.get("MemAvailable", fields["MemFree"])
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        statistics = {
+            name: int(value) for name, value in _key_values((_CGROUP / "memory.stat").read_text(), " ")
+        }
+        files = statistics.get("inactive_file", 0) + statistics.get("active_file", 0)
+        total = min(total, int(text))
+        available = min(available, max(0, int(text) - int(used.read_text()) + files))
+    return total, available
+
+
+def _key_values(text: str, separator: str) -> list[tuple[str, str]]:
+    """``name: value`` lines."""
+    pairs = (line.partition(separator) for line in text.splitlines())
+    return [(name, value) for name, _, value in pairs if value]
 
 
 @cache

@@ -46,6 +46,7 @@ class CompressedParameter:
         nbytes: everything stored: arena and tags.
         dense_nbytes: bytes of the same weights in the model's dtype.
         codecs: codec name -> number of blocks.
+        relative_error: ||decoded - weight|| / ||weight|| where weights were dropped while their values were at hand.
     """
 
     name: str
@@ -55,6 +56,7 @@ class CompressedParameter:
     nbytes: int
     dense_nbytes: int
     codecs: dict[str, int] = field(default_factory=dict)
+    relative_error: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -76,8 +78,8 @@ class Report:
     """Everything that a load or an inspection found.
 
     Attributes:
-        seconds: wall time of the load, None for an inspection.
-        peak_nbytes: highest memory above the start of the load (``peak_of`` says which memory), None if unknown.
+        seconds: wall time of the load or of compressing in place (``did`` says which), None for an inspection.
+        peak_nbytes: highest memory above the start of that (``peak_of`` says which memory), None if unknown.
     """
 
     compressed: list[CompressedParameter]
@@ -86,6 +88,7 @@ class Report:
     seconds: float | None = None
     peak_nbytes: int | None = None
     peak_of: str = ""
+    did: str = "Loaded"
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +146,7 @@ class Report:
         peak = (
             f", peak {human_bytes(self.peak_nbytes)} ({self.peak_of})" if self.peak_nbytes is not None else ""
         )
-        return f"Loaded in {self.seconds:.1f} s{peak}."
+        return f"{self.did} in {self.seconds:.1f} s{peak}."
 
     def _compressed_rows(self) -> list[tuple[str, ...]]:
         by_role: dict[str, list[CompressedParameter]] = defaultdict(list)
@@ -153,7 +156,7 @@ class Report:
         for role in sorted(by_role, key=lambda r: (ROLE_ORDER.get(r, len(ROLE_ORDER)), r)):
             group = by_role[role]
             weights, before = sum(p.weights for p in group), sum(p.dense_nbytes for p in group)
-            rows.append(_row(role, weights, before, sum(p.nbytes for p in group), _codec_shares(group)))
+            rows.append(_row(role, weights, before, sum(p.nbytes for p in group), _how(group)))
         return rows
 
     def _kept_rows(self) -> list[tuple[str, ...]]:
@@ -170,6 +173,13 @@ class Report:
 def _row(role: str, weights: int, before: int, after: int, how: str) -> tuple[str, ...]:
     bits = f"{8 * after / max(1, weights):.2f}"
     return role, human_count(weights), bits, human_bytes(before), human_bytes(after), how
+
+
+def _how(group: list[CompressedParameter]) -> str:
+    errors = [p.relative_error for p in group if p.relative_error is not None]
+    if not errors:
+        return _codec_shares(group)
+    return f"{_codec_shares(group)}; error up to {100 * max(errors):.1f}%"
 
 
 def _codec_shares(group: list[CompressedParameter]) -> str:

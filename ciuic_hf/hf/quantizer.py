@@ -26,9 +26,7 @@ from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
 from ciuic_hf.modules.targets import Target, find_targets
-from ciuic_kernels import BlockGrid
 from ciuic_kernels.dispatch import use_triton
-from ciuic_kernels.layout import arena_nbytes
 
 
 @register_quantizer(METHOD)
@@ -78,8 +76,8 @@ class CiuicQuantizer(HfQuantizer):
                 self._choose(model, config)
         entries = ((name, tuple(e["shape"]), e["arena_nbytes"]) for name, e in config.parameters.items())
         swap_in(model, entries, dtype or torch.get_default_dtype())
-        _tie_tags(model)
-        model._adjust_bias = _leave_bias
+        tie_tags(model)
+        model._adjust_bias = leave_bias
         self._refuse_missing(model)
         for _name, module in compressed_modules(model):
             module.__dict__["_is_hf_initialized"] = True  # else offloaded arenas would be given random values
@@ -89,9 +87,9 @@ class CiuicQuantizer(HfQuantizer):
 
     def _choose(self, model: Any, config: CiuicConfig) -> None:
         """Decide what every parameter becomes and write it into the config."""
-        targets, kept = find_targets(model, config.intent, _kept_in_float32(model))
+        targets, kept = find_targets(model, config.intent, kept_in_float32(model))
         self.codec_ids = {target.name: target.codec_ids for target in targets}
-        config.parameters = {target.name: _entry(target) for target in targets}
+        config.parameters = {target.name: entry_of(target) for target in targets}
         config.kept = {k.name: k.reason for k in kept}
 
     def _read_as_stored(self, model: Any) -> None:
@@ -195,18 +193,17 @@ class CiuicQuantizer(HfQuantizer):
         return self._on_gpu_kernels
 
 
-def _entry(target: Target) -> dict[str, Any]:
-    grid = BlockGrid(target.shape)
-    nbytes = arena_nbytes(target.codec_ids, BlockGrid(target.shape[-2:])) * grid.matrices
-    return {"shape": list(target.shape), "arena_nbytes": nbytes, "role": target.role}
+def entry_of(target: Target) -> dict[str, Any]:
+    """What config.json says of one compressed parameter."""
+    return {"shape": list(target.shape), "arena_nbytes": target.arena_nbytes, "role": target.role}
 
 
-def _kept_in_float32(model: Any) -> list[str]:
+def kept_in_float32(model: Any) -> list[str]:
     names = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
     return sorted(set(names))
 
 
-def _tie_tags(model: Any) -> None:
+def tie_tags(model: Any) -> None:
     """Tags of tied weights are tied like the weights."""
     compressed = {f"{name}.{p}" for name, module in compressed_modules(model) for p in module.packed_shapes}
     for name, source in list(model.all_tied_weights_keys.items()):
@@ -214,7 +211,7 @@ def _tie_tags(model: Any) -> None:
             model.all_tied_weights_keys[name + TAGS] = source + TAGS
 
 
-def _leave_bias(*_: Any) -> None:
+def leave_bias(*_: Any) -> None:
     """Tying pads the bias of a head to the length of its weight, which for an arena is a number of bytes."""
 
 

@@ -64,6 +64,11 @@ class PackedModule(nn.Module):
         self.register_parameter(name + TAGS, nn.Parameter(packed.tags, requires_grad=False))
         self._forget(name)
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its parameters are compressed now; a CiuicLinear in training may hold full weights."""
+        return all(name + TAGS in self._parameters for name in self.packed_shapes)
+
     def packed(self, name: str) -> PackedTensor:
         """A compressed parameter with its tags."""
         return PackedTensor(
@@ -129,7 +134,7 @@ class PackedModule(nn.Module):
         """``weight: 4.25 bits`` for each compressed parameter."""
         parts = []
         for name, shape in self.packed_shapes.items():
-            if name in self._parameters:
+            if name + TAGS in self._parameters:
                 nbytes = getattr(self, name).numel() + getattr(self, name + TAGS).numel()
                 parts.append(f"{name}: {8 * nbytes / BlockGrid(tuple(shape)).numel:.2f} bits")
         return ", ".join(parts)

@@ -19,7 +19,7 @@ from ciuic_kernels import BlockGrid, PackedTensor
 def compressed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
     """``(name, module)`` of every compressed module."""
     for name, module in model.named_modules():
-        if isinstance(module, PackedModule):
+        if isinstance(module, PackedModule) and module.is_compressed:
             yield name, module
 
 
@@ -37,7 +37,7 @@ def swap_in(
     """
     for full_name, shape, nbytes in parameters:
         module_name, _, parameter = full_name.rpartition(".")
-        module = _adopt(model, module_name, parameter, full_name, dtype)
+        module = adopt_module(model, module_name, parameter, full_name, dtype)
         if tuple(module.packed_shapes.get(parameter, ())) != tuple(shape):
             raise CiuicError(
                 f"{full_name} is {list(module.packed_shapes.get(parameter, ()))} in this model but {list(shape)} in "
@@ -54,9 +54,10 @@ def swap_in(
         )
 
 
-def _adopt(
+def adopt_module(
     model: nn.Module, module_name: str, parameter: str, full_name: str, dtype: torch.dtype
 ) -> PackedModule:
+    """The module of a parameter, made compressed if it is not yet. Raises CiuicError for one that cannot be."""
     try:
         module = model.get_submodule(module_name)
     except AttributeError:

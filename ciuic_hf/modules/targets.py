@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ciuic_hf.config import RAW, CompressionIntent, Setting
+from ciuic_hf.compressor.adaptive import adaptive_codecs
+from ciuic_hf.config import ADAPTIVE, RAW, CompressionIntent, Setting
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.modules.experts import EXPERT_PARAMETERS, is_fused_experts, unsupported_reason
 from ciuic_hf.planning.uniform import codec_ids
+from ciuic_kernels import BlockGrid
+from ciuic_kernels.layout import arena_nbytes
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Target:
         module_name, parameter: where it is; ``name`` is both joined.
         role: see ``ciuic_hf.config``.
         shape: ``(N, K)`` or ``(E, N, K)``.
-        codec_ids: uint8 ``[strips, kblocks]``, the same for every expert.
+        codec_ids: uint8 ``[strips, kblocks]``, the same for every expert, or ``[E, strips, kblocks]``.
     """
 
     module_name: str
@@ -32,7 +35,15 @@ class Target:
 
     @property
     def name(self) -> str:
-        return f"{self.module_name}.{self.parameter}"
+        return f"{self.module_name}.{self.parameter}" if self.module_name else self.parameter
+
+    @property
+    def arena_nbytes(self) -> int:
+        """Bytes of the arena, all experts together."""
+        grid = BlockGrid(self.shape)
+        if self.codec_ids.dim() == len(self.shape):
+            return arena_nbytes(self.codec_ids, grid)
+        return arena_nbytes(self.codec_ids, BlockGrid(self.shape[-2:])) * grid.matrices
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ def role_of(name: str, module: nn.Module, embeddings: nn.Module | None, head: nn
     if module is embeddings:
         return "embeddings"
     parts = name.split(".")
+    if embeddings is None and isinstance(module, nn.Embedding):
+        return "embeddings"
+    if head is None and parts[-1] == "lm_head":
+        return "lm_head"
     if any("attn" in part or "attention" in part for part in parts):
         return "attention"
     if any("shared_expert" in part for part in parts):
@@ -60,18 +75,22 @@ def role_of(name: str, module: nn.Module, embeddings: nn.Module | None, head: nn
 
 
 def find_targets(
-    model: nn.Module, intent: CompressionIntent, keep_patterns: Iterable[str] = ()
+    model: nn.Module,
+    intent: CompressionIntent,
+    keep_patterns: Iterable[str] = (),
+    ties: Mapping[str, str] | None = None,
 ) -> tuple[list[Target], list[Kept]]:
     """Every matrix of the model, to compress or to keep.
 
     Args:
-        model: may be on meta; uses ``get_input_embeddings``, ``get_output_embeddings`` and
-            ``all_tied_weights_keys`` where it has them.
+        model: may be on meta; uses ``get_input_embeddings`` and ``get_output_embeddings`` where it has them. Of a
+            model without, every embedding is a token table.
         keep_patterns: parts of names that the model keeps in float32.
+        ties: name -> the name of the same parameter that comes first; the model's ``all_tied_weights_keys`` if None.
 
     Raises:
-        CiuicError: for an unsupported experts layout, a pattern that matches nothing, or tied weights that are
-            set to different things.
+        CiuicError: for an unsupported experts layout, a pattern that matches nothing, tied weights that are
+            set to different things, or ``adaptive`` for weights that are not there yet.
     """
     embeddings, head = (
         getattr(model, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")
@@ -83,7 +102,7 @@ def find_targets(
         candidates = _candidates(name, module, embeddings, intent)
         role = role_of(name, module, embeddings, head)
         for parameter, weight in candidates:
-            full_name = f"{name}.{parameter}"
+            full_name = f"{name}.{parameter}" if name else parameter
             reason = _reason_to_keep(full_name, module, keep_patterns) or _reason_of_router(
                 model, name, module
             )
@@ -95,15 +114,19 @@ def find_targets(
         kept += _other_matrices(name, module, {parameter for parameter, _ in candidates})
     intent.check_used([t.name for t in targets] + [k.name for k in kept])
     _settle_experts(targets, kept)
-    return _settle_ties(model, targets, kept, intent)
+    return _settle_ties(
+        targets, kept, intent, getattr(model, "all_tied_weights_keys", None) if ties is None else ties
+    )
 
 
 def _candidates(
     name: str, module: nn.Module, embeddings: nn.Module | None, intent: CompressionIntent
 ) -> list[tuple[str, Tensor]]:
     """Parameters of one module that could be compressed."""
-    if isinstance(module, nn.Linear) or (module is embeddings and isinstance(module, nn.Embedding)):
-        return [("weight", module.weight)]
+    is_table = isinstance(module, nn.Embedding) and (embeddings is None or module is embeddings)
+    if isinstance(module, nn.Linear) or is_table:
+        weight = module._parameters.get("weight")
+        return [("weight", weight)] if weight is not None and weight.dim() == 2 else []
     if is_fused_experts(module) and "experts" in name:
         names = [p for p, weight in module._parameters.items() if weight is not None and weight.dim() == 3]
         raw = all(intent.setting(f"{name}.{p}", "experts") == RAW for p in names)
@@ -122,6 +145,8 @@ def _reason_to_keep(name: str, module: nn.Module, keep_patterns: list[str]) -> s
         return f"{type(module).__name__} has a forward of its own"
     if isinstance(module, nn.Embedding) and (type(module) is not nn.Embedding or module.max_norm is not None):
         return f"{type(module).__name__} has a forward of its own"
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        return "its forward was replaced"
     if any(part in name for part in keep_patterns):
         return "the model keeps it in float32"
     return ""
@@ -144,10 +169,21 @@ def _plan(
     setting: Setting = intent.setting(name, role)
     if setting == RAW or (isinstance(setting, float) and setting >= 16):
         return f"asked for ({role}: {setting})"
+    if setting == ADAPTIVE:
+        return tuple(weight.shape), _adaptive(name, weight)
     try:
         return tuple(weight.shape), codec_ids(tuple(weight.shape[-2:]), setting)
     except CiuicError as error:
         return f"too small ({error})"
+
+
+def _adaptive(name: str, weight: Tensor) -> Tensor:
+    if weight.device.type == "meta":
+        raise CiuicError(
+            f"{ADAPTIVE!r} looks at the weights of {name}, which are not read yet when from_pretrained chooses; load "
+            "the model without CiuicConfig and call apply_ciuic_compression, or give bits or a codec."
+        )
+    return adaptive_codecs(weight.detach())
 
 
 def _other_matrices(name: str, module: nn.Module, seen: set[str]) -> list[Kept]:
@@ -170,10 +206,10 @@ def _settle_experts(targets: list[Target], kept: list[Kept]) -> None:
 
 
 def _settle_ties(
-    model: nn.Module, targets: list[Target], kept: list[Kept], intent: CompressionIntent
+    targets: list[Target], kept: list[Kept], intent: CompressionIntent, ties: Mapping[str, str] | None
 ) -> tuple[list[Target], list[Kept]]:
     """Tied parameters get the choice of the one they are tied to; they must not be told different things."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = dict(ties or {})
     by_name = {target.name: target for target in targets}
     reasons = {k.name: k for k in kept}
     for name, source in tied.items():

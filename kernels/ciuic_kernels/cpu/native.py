@@ -33,7 +33,7 @@ OPENMP_FLAGS = ("-fopenmp", "")  # Apple's clang has none: the same code then ru
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What blocks.c has code for.
 CODECS = {ZERO.id, RAW_BF16.id, RAW_FP16.id}
-CODECS |= {codec.id for codec in (*GRIDS.values(), *SPARSE.values())}
+CODECS |= {grid.id for grid in GRIDS.values()} | {sparse.id for sparse in SPARSE.values()}
 DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write; float16 goes through float32
 MAX_TOKENS = 16  # rows of x that one pass over a matrix serves
 
