@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ciuic_kernels.codec import all_codecs, codec_by_id
+from ciuic_kernels.codec import all_codecs, codec_by_id, codec_count
 from ciuic_kernels.format import (
     BLOCK_COLS,
     BLOCK_ROWS,
@@ -26,11 +26,12 @@ class FormatError(ValueError):
 
 def record_size_table(grid: BlockGrid) -> Tensor:
     """int64 ``[256, 2, 2]``: aligned record bytes by codec id, last strip or not, last kblock or not; -1 = unknown."""
-    return _size_table(grid.strip_rows(grid.strips - 1), grid.block_cols(grid.kblocks - 1))
+    return _size_table(codec_count(), grid.strip_rows(grid.strips - 1), grid.block_cols(grid.kblocks - 1))
 
 
 @lru_cache(maxsize=256)
-def _size_table(last_rows: int, last_cols: int) -> Tensor:
+def _size_table(codecs: int, last_rows: int, last_cols: int) -> Tensor:
+    """``codecs``, how many there are, makes a codec that is registered later count."""
     table = torch.full((256, 2, 2), -1, dtype=torch.int64, device="cpu")
     for codec in all_codecs():
         for i, rows in enumerate((BLOCK_ROWS, last_rows)):

@@ -22,10 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ciuic_kernels.codec import codec_by_id
 from ciuic_kernels.codecs.grid import GRIDS
+from ciuic_kernels.codecs.raw16 import RAW_BF16, RAW_FP16
+from ciuic_kernels.codecs.sparse import SPARSE
 from ciuic_kernels.codecs.zero import ZERO
 from ciuic_kernels.format import ALIGNMENT, BLOCK_COLS, BLOCK_ROWS, BlockGrid
 from ciuic_kernels.layout import FormatError, block_nbytes
+
+CODECS = {ZERO.id, RAW_BF16.id, RAW_FP16.id}
+CODECS |= {grid.id for grid in GRIDS.values()} | {sparse.id for sparse in SPARSE.values()}
+"""What ``triton/_any.py`` and ``triton/_blocks.py`` can read."""
 
 ANY = 255
 """Kind of the blocks that only the general decoder reads: at an edge, raw, or sparse."""
@@ -112,6 +119,7 @@ def build_work(tags: Tensor, grid: BlockGrid, target: int) -> tuple[Tensor, list
     if int(nbytes.sum()) // ALIGNMENT >= 1 << 31:
         raise FormatError("A parameter of more than 32 GiB cannot be addressed by the GPU kernels; split it.")
     ids = tags[..., 0].reshape(grid.matrices * grid.strips, grid.kblocks).long()
+    _check_known(ids)
     order, kinds = _sorted_by_kind(ids, grid)
     blocks = _blocks(tags, ids, nbytes, grid).gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
     sizes = nbytes.view_as(ids).gather(1, order)
@@ -121,6 +129,16 @@ def build_work(tags: Tensor, grid: BlockGrid, target: int) -> tuple[Tensor, list
     work = torch.cat([blocks.flatten(), items.flatten(), ranges.flatten(), counters])
     present = sorted(set(kinds.unique().tolist()) - {_LAST})
     return work, present
+
+
+def _check_known(ids: Tensor) -> None:
+    """Raises FormatError for a codec that no GPU kernel reads."""
+    for codec_id in ids.unique().tolist():
+        if codec_id not in CODECS:
+            raise FormatError(
+                f"There is no GPU kernel for blocks of {codec_by_id(codec_id).name}; "
+                "set CIUIC_IMPL=reference, or choose another codec."
+            )
 
 
 _LAST = 256  # the kind of empty blocks while sorting

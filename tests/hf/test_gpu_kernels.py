@@ -14,7 +14,7 @@ from tests.triton.interpreted import gpu_kernels, needs_interpreter
 pytestmark = needs_interpreter
 
 
-@pytest.mark.parametrize("family", ["v3_fp8", "qwen2_tied"])
+@pytest.mark.parametrize("family", ["v3_fp8", pytest.param("qwen2_tied", marks=pytest.mark.slow)])
 def test_logits_of_a_model(
     family: str, saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor
 ) -> None:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ciuic_kernels import BlockGrid, codec_by_name
+from ciuic_kernels import BlockGrid, codec, codec_by_name
 from ciuic_kernels.codecs.grid import GRIDS
-from ciuic_kernels.codecs.zero import ZERO
+from ciuic_kernels.codecs.zero import ZERO, ZeroCodec
 from ciuic_kernels.layout import FormatError, block_nbytes
 from ciuic_kernels.work import ANY, MAX_KBLOCKS, WorkShape, build_work, item_nbytes
 from tests.kernels.samples import mixed_ids, shapes
@@ -79,6 +79,14 @@ def test_items_are_balanced_and_the_table_is_small(name: str) -> None:
     assert int(items[:, 2].max()) * record <= 1.5 * max(target, record)
     assert int(items[:, 2].min()) * record >= 0.5 * target - record
     assert work.numel() * 4 <= 0.02 * nbytes
+
+
+def test_a_codec_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry, key in ((codec._BY_ID, 250), (codec._BY_NAME, "foreign")):
+        monkeypatch.setitem(registry, key, ZeroCodec(250, "foreign"))
+    tags = tags_of(torch.full((1, 1), 250, dtype=torch.uint8))
+    with pytest.raises(FormatError, match="no GPU kernel for blocks of foreign"):
+        build_work(tags, BlockGrid((64, 128)), 4096)
 
 
 def test_what_int32_cannot_address_is_refused() -> None:
