@@ -20,6 +20,7 @@ from ciuic_kernels.format import ceil_div
 ROLES = ("linear", "attention", "mlp", "shared_experts", "experts", "embeddings", "lm_head")
 LINEAR_ROLES = ("linear", "attention", "mlp", "shared_experts")
 MIN_BITS, MAX_BITS = 1.0, 16.0
+POLICIES = ("rate-distortion", "uniform")
 TABLE_BITS = 8.0  # embeddings and lm_head unless told: the cheapest quality in a model (docs/adr/002)
 RAW, ADAPTIVE = "raw", "adaptive"
 QUANT = {f"quant{width}": f"grid{width}_g32" for width in PLANES}
@@ -72,6 +73,15 @@ def _sparse_codec(percent: int, where: str) -> str:
     return f"{SPARSE}{SPARSE_WIDTH}_d{ceil_div(percent * CAPACITY_UNIT, 100)}"
 
 
+def check_policy(policy: object) -> str:
+    """The name of a policy, or CiuicError."""
+    if policy == "adaptive":
+        raise CiuicError('policy="adaptive" is not in this release; use "rate-distortion" or "uniform".')
+    if policy not in POLICIES:
+        raise CiuicError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}.")
+    return str(policy)
+
+
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a name pattern selects a parameter.
 
@@ -121,14 +131,19 @@ class CompressionIntent:
 
     def setting(self, name: str, role: str) -> Setting:
         """What applies to the parameter ``name`` of this role."""
+        key = self.key(name, role)
+        if key is not None:
+            return self.modules[key]
+        return TABLE_BITS if role in ("embeddings", "lm_head") else self.bits
+
+    def key(self, name: str, role: str) -> str | None:
+        """The key of ``modules`` that decides for a parameter, None where the defaults do."""
         matching = [pattern for pattern in self.patterns if pattern_matches(pattern, name)]
         if matching:
-            return self.modules[max(matching, key=lambda p: (len(p.replace("*", "")), p))]
+            return max(matching, key=lambda p: (len(p.replace("*", "")), p))
         if role in self.modules:
-            return self.modules[role]
-        if role in LINEAR_ROLES and "linear" in self.modules:
-            return self.modules["linear"]
-        return TABLE_BITS if role in ("embeddings", "lm_head") else self.bits
+            return role
+        return "linear" if role in LINEAR_ROLES and "linear" in self.modules else None
 
     def check_used(self, names: list[str]) -> None:
         """Raise CiuicError for a name pattern that selects none of the parameters ``names``."""

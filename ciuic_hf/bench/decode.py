@@ -60,7 +60,7 @@ def measure_model(name: str, path: Path, bits: float, repeats: int) -> list[Spee
     """Decode one token and prefill prompts with both models in turn."""
     dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     compressed = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, quantization_config=CiuicConfig(bits=bits)
+        path, dtype=torch.bfloat16, quantization_config=CiuicConfig(bits=bits, policy="uniform")
     )
     rows = [_interleave(name, "decode, 1 token", _decoder(dense), _decoder(compressed), repeats)]
     for tokens in PREFILL_TOKENS:

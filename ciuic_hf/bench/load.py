@@ -35,7 +35,7 @@ path, bits = sys.argv[1], float(sys.argv[2])
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from ciuic_kernels.cpu import native
 native.available()
-config = {"quantization_config": ciuic_hf.CiuicConfig(bits=bits)} if bits else {}
+config = {"quantization_config": ciuic_hf.CiuicConfig(bits=bits, policy="uniform")} if bits else {}
 peak, start = PeakMemory(interval=0.002).start(), time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **config)
 if not bits:

@@ -36,8 +36,13 @@ class QualityRow:
     tokens: int
 
 
-def measure_quality(cache: Path, bits: Iterable[float], tokens: int) -> list[QualityRow]:
-    """The reference, NF4, and Ciuic at each of ``bits``."""
+def measure_quality(
+    cache: Path, bits: Iterable[float], tokens: int, sensitivity: Path | None = None
+) -> list[QualityRow]:
+    """The reference, NF4, and Ciuic at each of ``bits`` by every policy; one more with measured sensitivities."""
+    policies: dict[str, dict[str, Any]] = {"uniform": {"policy": "uniform"}, "by kind": {}}
+    if sensitivity is not None:
+        policies["measured"] = {"sensitivity": sensitivity}
     path = materialize(cache / "smollm2")
     logging.disable_progress_bar()
     ids = text_ids(AutoTokenizer.from_pretrained(path), tokens)
@@ -47,10 +52,11 @@ def measure_quality(cache: Path, bits: Iterable[float], tokens: int) -> list[Qua
     nf4_roundtrip_(dense)
     rows.append(_row("bitsandbytes NF4, group 64", BITS_PER_WEIGHT, dense, reference))
     del dense
-    for asked in track(list(bits), description="Measuring", transient=True):
-        model = _load(path, quantization_config=CiuicConfig(bits=asked))
+    candidates = [(asked, name) for asked in bits for name in policies]
+    for asked, name in track(candidates, description="Measuring", transient=True):
+        model = _load(path, quantization_config=CiuicConfig(bits=asked, **policies[name]))
         stored = model.ciuic_report.bits_per_weight(LINEAR_ROLES)
-        rows.append(_row(f"Ciuic, {asked:g} bits", stored, model, reference))
+        rows.append(_row(f"Ciuic, {asked:g} bits, {name}", stored, model, reference))
     return rows
 
 

@@ -25,6 +25,9 @@ def add_command(commands: Any) -> None:
     quality = kinds.add_parser("quality", help="KL and perplexity of SmolLM2, against bitsandbytes NF4")
     quality.add_argument("--tokens", type=int, default=2048)
     quality.add_argument("--bits", type=float, nargs="+", default=[8, 6, 5, 4.25, 4, 3])
+    quality.add_argument(
+        "--sensitivity", type=Path, help="file of `ciuic calibrate` for SmolLM2: measure its plans as well"
+    )
     quality.set_defaults(run=run_quality)
     products = kinds.add_parser("products", help="one matrix by rows of x: fused, decode-then-GEMM, bf16")
     products.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
@@ -52,7 +55,7 @@ def run_decode(arguments: argparse.Namespace) -> None:
 def run_quality(arguments: argparse.Namespace) -> None:
     from ciuic_hf.bench.smollm2_quality import measure_quality, table
 
-    rows = measure_quality(arguments.cache, arguments.bits, arguments.tokens)
+    rows = measure_quality(arguments.cache, arguments.bits, arguments.tokens, arguments.sensitivity)
     _show(table(rows), rows, arguments.json)
 
 

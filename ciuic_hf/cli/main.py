@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ciuic_hf.cli import bench, demo, inspect
+from ciuic_hf.cli import bench, calibrate, demo, inspect, plan
 from ciuic_hf.errors import CiuicError
 
-COMMANDS = (demo, inspect, bench)
+COMMANDS = (demo, plan, calibrate, inspect, bench)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,8 +11,9 @@ from transformers.core_model_loading import PrefixChange, WeightConverter
 
 from ciuic_hf.config import CompressionIntent, Setting
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf.choosing import describe, kept_in_float32
 from ciuic_hf.hf.config import CiuicConfig
-from ciuic_hf.hf.quantizer import CiuicQuantizer, entry_of, kept_in_float32, leave_bias, tie_tags
+from ciuic_hf.hf.quantizer import CiuicQuantizer, leave_bias, tie_tags
 from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.apply import Outcome, compress_in_place, tied_parameters
@@ -36,7 +37,8 @@ def apply_ciuic_compression(
 
     Returns:
         the model, with ``model.ciuic_report``. A transformers model then saves, loads and dequantizes like one that
-        ``from_pretrained`` compressed, with the same bytes. Compressed weights are not trained; LoRA is.
+        ``from_pretrained`` compressed, with the same bytes as its ``policy="uniform"``. Compressed weights are not
+        trained; LoRA is.
 
     Raises:
         CiuicError: for bad settings, and a model that is compressed already, quantized in another way, offloaded,
@@ -62,11 +64,18 @@ def apply_ciuic_compression(
 
 
 def _as_config(given: Mapping[str, Setting] | CiuicConfig | None, bits: float | None) -> CiuicConfig:
-    if isinstance(given, CiuicConfig):
-        if bits is not None:
-            raise CiuicError(f"bits are in the CiuicConfig already ({given.bits}); give them once.")
-        return CiuicConfig(bits=given.bits, modules=given.modules)
-    return CiuicConfig(bits=CompressionIntent.bits if bits is None else bits, modules=given)
+    """The uniform plan: it needs to know neither the model's files nor how much its blocks matter."""
+    if not isinstance(given, CiuicConfig):
+        asked = CompressionIntent.bits if bits is None else bits
+        return CiuicConfig(bits=asked, modules=given, policy="uniform")
+    if bits is not None:
+        raise CiuicError(f"bits are in the CiuicConfig already ({given.bits}); give them once.")
+    for option in ("memory", "plan", "sensitivity"):
+        if getattr(given, option) is not None:
+            raise CiuicError(
+                f"{option} works while a model loads; pass the CiuicConfig to from_pretrained, or give bits."
+            )
+    return CiuicConfig(bits=given.bits, modules=given.modules, policy="uniform")
 
 
 def _is_pretrained(model: nn.Module) -> bool:
@@ -79,7 +88,7 @@ def _attach(model: Any, config: CiuicConfig, outcome: Outcome) -> CiuicConfig:
     """Everything that from_pretrained leaves on a compressed model; returns the config that it saves."""
     quantizer = CiuicQuantizer(config, pre_quantized=False)
     stored = quantizer.quantization_config
-    stored.parameters = {target.name: entry_of(target) for target in outcome.targets}
+    stored.parameters = describe(outcome.targets)
     stored.kept = {k.name: k.reason for k in outcome.kept}
     model._weight_conversions = [
         conversion for conversion in _conversions(model) if not isinstance(conversion, WeightConverter)

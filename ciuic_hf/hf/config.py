@@ -4,16 +4,49 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ciuic_hf.config import CompressionIntent, Setting
+from ciuic_hf.config import CompressionIntent, Setting, check_policy
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.planning.memory import parse_size
 from ciuic_kernels import FORMAT_VERSION
 
 METHOD = "ciuic"
+_RUNTIME = (
+    "source_quantization",
+    "sensitivity",
+    "plan",
+    "memory",
+    "context",
+    "batch",
+)  # of one load; not kept in config.json
+
+
+class _Default(float):
+    """A number of bits that nobody asked for."""
+
+
+DEFAULT_BITS = _Default(4.25)
+
+
+def _check_budget(asked_bits: bool, policy: object, plan: object, memory: object, context: object) -> None:
+    """Raise CiuicError for settings that contradict each other."""
+    if asked_bits and memory is not None:
+        raise CiuicError("bits and memory both say how large the model becomes; give one of them.")
+    if plan is not None and (asked_bits or memory is not None):
+        raise CiuicError("A plan holds every size already; leave out bits and memory.")
+    if memory is not None and context is None:
+        raise CiuicError("memory has to hold the cache too; say for how many tokens, such as context=32768.")
+    if context is not None and memory is None:
+        raise CiuicError(
+            "context and batch belong to memory, which is not given; use bits alone or add memory."
+        )
+    if policy == "uniform" and (memory is not None or plan is not None):
+        raise CiuicError('policy="uniform" goes by bits alone; leave it out to use memory or a plan.')
 
 
 @register_quantization_config(METHOD)
@@ -22,10 +55,19 @@ class CiuicConfig(QuantizationConfigMixin):
 
     Args:
         bits: bits per weight of every Linear and expert, everything stored counted, 1 to 16, fractions allowed.
-            Below 2.13 whole blocks are dropped; 16 leaves the weights as they are.
+            About 2.13 is the least; with ``policy="uniform"`` whole blocks are dropped below. 16 leaves the
+            weights as they are.
         modules: exceptions, role or name pattern -> bits, codec name, or ``"raw"``. Roles: embeddings, lm_head,
             attention, mlp, shared_experts, experts, linear. The most specific wins. Embeddings and lm_head are
             at 8 bits unless told.
+        policy: ``"rate-distortion"`` gives more bits to the blocks that matter more; all weights with the same
+            setting take ``bits`` together. ``"uniform"`` gives each matrix the same.
+        sensitivity: file that ``ciuic calibrate`` wrote: how much each block matters. Without it the
+            rate-distortion policy goes by the kind of each weight (``configs/sensitivity.json``).
+        plan: file that ``ciuic plan`` wrote, followed exactly: the codec of every block.
+        memory: instead of bits: what the model may take while it generates, such as ``"22GiB"``, everything
+            counted that :mod:`ciuic_hf.planning.memory` lists. Bits are chosen to fill it.
+        context, batch: with memory: tokens of a sequence, and how many sequences at once.
 
     Example:
         ``CiuicConfig(bits=4.25, modules={"embeddings": 8, "attention": 6, "model.layers.0.": 8})``
@@ -36,8 +78,14 @@ class CiuicConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        bits: float = 4.25,
+        bits: float = DEFAULT_BITS,
         modules: Mapping[str, Setting] | None = None,
+        policy: str | None = None,
+        sensitivity: str | Path | None = None,
+        plan: str | Path | None = None,
+        memory: str | int | None = None,
+        context: int | None = None,
+        batch: int = 1,
         quant_method: str = METHOD,
         format_version: int = FORMAT_VERSION,
         parameters: Mapping[str, Mapping[str, Any]] | None = None,
@@ -46,7 +94,8 @@ class CiuicConfig(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             raise CiuicError(
-                f"CiuicConfig has no option {', '.join(sorted(unknown))}; it takes bits and modules."
+                f"CiuicConfig has no option {', '.join(sorted(unknown))}; it takes bits, modules, policy, "
+                "sensitivity, plan, memory, context and batch."
             )
         if quant_method != METHOD:
             raise CiuicError(f"quant_method of a CiuicConfig is {METHOD!r}, got {quant_method!r}.")
@@ -55,11 +104,19 @@ class CiuicConfig(QuantizationConfigMixin):
                 f"This checkpoint has format version {format_version}, this ciuic_hf reads up to {FORMAT_VERSION}; "
                 "upgrade ciuic-hf."
             )
+        _check_budget(bits is not DEFAULT_BITS, policy, plan, memory, context)
         intent = CompressionIntent(bits, modules or {})
         self.quant_method = METHOD
         self.format_version = format_version
         self.bits = intent.bits
         self.modules = dict(intent.modules)
+        self.policy = check_policy(policy or "rate-distortion")
+        if sensitivity is not None and self.policy != "rate-distortion":
+            raise CiuicError(f'sensitivity is for policy="rate-distortion", got policy={policy!r} with it.')
+        self.sensitivity = str(sensitivity) if sensitivity is not None else None
+        self.plan = str(plan) if plan is not None else None
+        self.memory = parse_size(memory) if memory is not None else None
+        self.context, self.batch = context, batch
         self.parameters = {name: dict(entry) for name, entry in (parameters or {}).items()}
         self.kept = dict(kept or {})
         self.source_quantization: dict[str, Any] | None = None
@@ -75,9 +132,7 @@ class CiuicConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` keeps: intent and, for a compressed model, every parameter's shape and size."""
-        saved = {
-            key: copy.deepcopy(value) for key, value in vars(self).items() if key != "source_quantization"
-        }
+        saved = {key: copy.deepcopy(value) for key, value in vars(self).items() if key not in _RUNTIME}
         return {key: value for key, value in saved.items() if value not in ({}, None) or key == "modules"}
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Encoder:
     Args:
         name: full parameter name, for messages.
         shape: logical shape ``(N, K)`` or ``(E, N, K)``.
-        codec_ids: uint8 ``[strips, kblocks]``.
+        codec_ids: uint8 ``[strips, kblocks]``, the same for every matrix, or ``[E, strips, kblocks]``.
         block: FP8 block size, None when the checkpoint is not FP8.
     """
 

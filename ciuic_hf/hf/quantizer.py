@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ciuic_hf.checkpoint import check_files
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8, saving
+from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
 from ciuic_hf.hf.reporting import build_report
@@ -25,7 +26,6 @@ from ciuic_hf.hf.stored import check_sizes, fit_names
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
-from ciuic_hf.modules.targets import Target, find_targets
 from ciuic_kernels.dispatch import use_triton
 
 
@@ -34,7 +34,8 @@ class CiuicQuantizer(HfQuantizer):
     """Compresses a model while transformers loads it, or loads one that was saved compressed.
 
     Attributes:
-        codec_ids: parameter name -> uint8 ``[strips, kblocks]``, while a model is being compressed.
+        codec_ids: parameter name -> uint8 ``[strips, kblocks]``, or ``[E, strips, kblocks]`` where experts differ,
+            while a model is being compressed.
     """
 
     def __init__(self, quantization_config: CiuicConfig, **kwargs: Any) -> None:
@@ -73,7 +74,7 @@ class CiuicQuantizer(HfQuantizer):
                     fit_names(model, d) for d in (config.parameters, config.kept)
                 )
             else:
-                self._choose(model, config)
+                self._choose(model, config, dtype)
         entries = ((name, tuple(e["shape"]), e["arena_nbytes"]) for name, e in config.parameters.items())
         swap_in(model, entries, dtype or torch.get_default_dtype())
         tie_tags(model)
@@ -85,12 +86,14 @@ class CiuicQuantizer(HfQuantizer):
             self._read_as_stored(model)
         self._peak = PeakMemory().start()
 
-    def _choose(self, model: Any, config: CiuicConfig) -> None:
+    def _choose(self, model: Any, config: CiuicConfig, dtype: torch.dtype | None) -> None:
         """Decide what every parameter becomes and write it into the config."""
-        targets, kept = find_targets(model, config.intent, kept_in_float32(model))
-        self.codec_ids = {target.name: target.codec_ids for target in targets}
-        config.parameters = {target.name: entry_of(target) for target in targets}
-        config.kept = {k.name: k.reason for k in kept}
+        choice = choose(model, config, dtype)
+        self.codec_ids = {target.name: target.codec_ids for target in choice.targets}
+        config.parameters = describe(choice.targets)
+        config.kept = {k.name: k.reason for k in choice.kept}
+        if config.memory is not None or config.plan is not None:
+            config.bits = choice.bits  # what config.json will say was asked for
 
     def _read_as_stored(self, model: Any) -> None:
         """Have tensors read in the dtype of the file: weights are rounded once, FP8 and its scales not at all."""
@@ -191,16 +194,6 @@ class CiuicQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile and capture: Triton kernels never wait for the GPU, the reference does."""
         return self._on_gpu_kernels
-
-
-def entry_of(target: Target) -> dict[str, Any]:
-    """What config.json says of one compressed parameter."""
-    return {"shape": list(target.shape), "arena_nbytes": target.arena_nbytes, "role": target.role}
-
-
-def kept_in_float32(model: Any) -> list[str]:
-    names = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
-    return sorted(set(names))
 
 
 def tie_tags(model: Any) -> None:

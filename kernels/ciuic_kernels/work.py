@@ -89,6 +89,13 @@ def slots(routed: bool) -> int:
     return ROUTED_SLOTS if routed else LINEAR_SLOTS
 
 
+def work_nbytes(grid: BlockGrid) -> int:
+    """Bytes of a work table at most: as if every block were an item of its own."""
+    strips = grid.matrices * grid.strips
+    counters = slots(routed=len(grid.shape) == 3) * grid.strips
+    return 4 * (strips * (2 * grid.kblocks + 2 + 3 * grid.kblocks) + counters)
+
+
 def item_nbytes(nbytes: int, matrices: int, processors: int) -> int:
     """Bytes of one work item: about eight items for each processor, counting eight matrices of fused experts.
 

@@ -187,17 +187,21 @@ def stored_in() -> Callable[[Path], dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def load() -> Callable[..., PreTrainedModel]:
-    """``load(path, bits, modules=..., cls=AutoModelForCausalLM, **from_pretrained)``; no bits: no CiuicConfig."""
+    """``load(path, bits, modules=..., policy="uniform", cls=AutoModelForCausalLM, **from_pretrained)``.
+
+    Without bits there is no CiuicConfig. The uniform policy is what a test can compute by itself.
+    """
 
     def _load(
         path: Path,
         bits: float | None = None,
         modules: Any = None,
         cls: Any = AutoModelForCausalLM,
+        policy: str = "uniform",
         **kwargs: Any,
     ) -> Any:
         if bits is not None:
-            kwargs["quantization_config"] = ciuic_hf.CiuicConfig(bits=bits, modules=modules)
+            kwargs["quantization_config"] = ciuic_hf.CiuicConfig(bits=bits, modules=modules, policy=policy)
         return cls.from_pretrained(path, **kwargs)
 
     return _load

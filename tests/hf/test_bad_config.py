@@ -18,7 +18,7 @@ from ciuic_hf import CiuicConfig, CiuicError
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"bit": 4}, ["bit", "takes bits and modules"]),
+        ({"bit": 4}, ["bit", "takes bits, modules"]),
         ({"bits": 0.5}, ["bits", "between 1 and 16", "0.5"]),
         ({"bits": 17}, ["bits", "between 1 and 16", "17"]),
         ({"bits": float("nan")}, ["bits", "between 1 and 16", "nan"]),

@@ -49,7 +49,7 @@ def test_pipeline_from_the_original_and_the_compressed_checkpoint(
     load: Callable[..., Any],
     with_tokenizer: Callable[[Path], Path],
 ) -> None:
-    config = CiuicConfig(bits=4.25)
+    config = CiuicConfig(bits=4.25, policy="uniform")
     original = pipeline(
         "text-generation",
         model=str(with_tokenizer(checkpoint(family))),

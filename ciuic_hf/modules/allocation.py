@@ -1,0 +1,69 @@
+"""The rate-distortion policy over the weights of a model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ciuic_hf.config import CompressionIntent
+from ciuic_hf.modules.targets import Target
+from ciuic_hf.planning.priors import prior_sensitivity
+from ciuic_hf.planning.rate_distortion import Weighed, codec_ids_of, plan_blocks
+from ciuic_hf.planning.sensitivity import Sensitivity
+from ciuic_kernels import BlockGrid
+
+TABLES = ("embeddings", "lm_head")
+
+
+def is_pooled(target: Target, intent: CompressionIntent) -> bool:
+    """Whether the codecs of a target are chosen by importance, together with others."""
+    return isinstance(intent.setting(target.name, target.role), float) and target.role not in TABLES
+
+
+def allocate_targets(
+    targets: Sequence[Target],
+    intent: CompressionIntent,
+    measured: Sensitivity | None = None,
+    budget: int | None = None,
+) -> tuple[list[Target], float | None]:
+    """The same targets with codecs by importance, and the predicted KL in nats per token of those, if measured.
+
+    Weights that one setting decides for share its bits. Embeddings and lm_head, and weights for which a codec was
+    named, stay as they are.
+
+    Args:
+        targets: with the codecs of the uniform plan.
+        measured: how much each block matters; without it the kind of each weight decides.
+        budget: bytes for the weights that no key of ``modules`` decides for, in place of ``intent.bits``.
+
+    Raises:
+        CiuicError: when ``measured`` belongs to another model, or a setting is below the smallest plan.
+    """
+    pools: dict[str | None, list[Target]] = defaultdict(list)
+    for target in targets:
+        if is_pooled(target, intent):
+            pools[intent.key(target.name, target.role)].append(target)
+    if measured is not None:
+        measured.check({t.name: t.shape for pool in pools.values() for t in pool})
+    chosen: dict[str, Tensor] = {}
+    error = 0.0
+    for key, pool in pools.items():
+        bits = intent.setting(pool[0].name, pool[0].role)
+        assert isinstance(bits, float)
+        nbytes = sum(int(bits * BlockGrid(t.shape).numel / 8) for t in pool)
+        weighed = _weigh(pool, measured)
+        plan = plan_blocks(weighed, nbytes if key is not None or budget is None else budget)
+        chosen |= {p.name: codec_ids_of(p, plan.chosen[p.name]) for p in weighed}
+        error += plan.error
+    allocated = [replace(t, codec_ids=chosen[t.name]) if t.name in chosen else t for t in targets]
+    return allocated, error if measured is not None else None
+
+
+def _weigh(pool: list[Target], measured: Sensitivity | None) -> list[Weighed]:
+    if measured is not None:
+        return [Weighed(t.name, t.shape, measured.blocks[t.name]) for t in pool]
+    prior = prior_sensitivity({t.name: t.shape for t in pool})
+    return [Weighed(t.name, t.shape, prior[t.name]) for t in pool]

@@ -1,0 +1,191 @@
+"""Memory budgets and plans: what they choose, that a load follows them exactly, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ciuic_hf import CiuicConfig, CiuicError
+from ciuic_hf.cli.main import main
+from ciuic_hf.planning.memory import footprint
+from ciuic_hf.planning.plan import ModelPlan
+from ciuic_kernels import BlockGrid
+
+MEMORY = 40 << 20
+
+# config.json of deepseek-ai/DeepSeek-V3, what decides about sizes (arXiv 2412.19437, section 4.2)
+V3_CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    "topk_group": 4,
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def stored(model: Any) -> int:
+    """Bytes of all parameters and buffers, tied ones once."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("family", ["v3_fp8", "qwen2_tied", "llama_wide"])
+def test_a_budget_is_filled_and_not_exceeded(family: str, checkpoint: Callable[[str], Path]) -> None:
+    """Weights as they are after the load, with what the memory model counts beside them."""
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint(family))
+    text, size = dense.config.to_dict(), sum(p.numel() for p in dense.parameters())
+    memory = footprint(text, 128, 2).total + int(0.75 * size)
+    config = CiuicConfig(memory=memory, context=128, batch=2)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(family), quantization_config=config)
+    offsets = sum(
+        8 * (BlockGrid(tuple(p.shape)).strips * BlockGrid(tuple(p.shape)).matrices + 1)
+        for p in model.ciuic_report.compressed
+    )
+    used = stored(model) + offsets + footprint(text, 128, 2).total
+    assert memory - 3 * 16384 < used <= memory
+    assert 2 < model.ciuic_report.bits_per_weight() < 10
+
+
+def test_a_budget_too_small_says_what_would_do_and_that_does(checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint("llama_wide")
+    with pytest.raises(CiuicError, match=r"The smallest plan needs .* or context=") as caught:
+        load_with(path, memory="30MiB", context=4096)
+    message = str(caught.value)
+    enough, context = (
+        message.split('memory="')[1].split('"')[0],
+        int(message.split("context=")[2].split(",")[0]),
+    )
+    load_with(path, memory=enough, context=4096)
+    load_with(path, memory="30MiB", context=context)
+    with pytest.raises(CiuicError, match="The smallest plan needs"):
+        load_with(path, memory="30MiB", context=context + 1)
+
+
+def load_with(path: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=CiuicConfig(**options))
+
+
+@pytest.mark.parametrize("family", ["v3_fp8", "qwen2_tied"])
+def test_a_saved_plan_is_followed_exactly(
+    family: str, checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, file = checkpoint(family), tmp_path / "plan.json"
+    options = ["plan", str(path), "--memory", "40MiB", "--context", "64", "--json", "--save", str(file)]
+    assert main(options) == 0
+    shown, plan = json.loads(capsys.readouterr().out), ModelPlan.load(file)
+    model = load_with(path, plan=file)
+    for name, codecs in plan.codecs.items():
+        tags = model.get_parameter(f"{name}_tags")[..., 0]
+        assert torch.equal(tags, codecs.expand(tags.shape)), name
+    assert model.ciuic_report.nbytes == shown["budget"]["compressed weights"] + sum(
+        p.nbytes for p in model.ciuic_report.kept
+    )
+    assert shown["nbytes"] == sum(shown["budget"].values()) <= 40 << 20
+    direct = load_with(path, memory="40MiB", context=64).state_dict()
+    assert all(torch.equal(value, direct[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_for_another_model_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert (
+        main(["plan", str(checkpoint("qwen2_tied")), "--bits", "4", "--context", "64", "--save", str(file)])
+        == 0
+    )
+    with pytest.raises(CiuicError, match=r"for another model .*this model and .* in the plan"):
+        load_with(checkpoint("llama_wide"), plan=file)
+
+
+def test_damaged_plans_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert (
+        main(["plan", str(checkpoint("qwen2_tied")), "--bits", "4", "--context", "64", "--save", str(file)])
+        == 0
+    )
+    good = json.loads(file.read_text())
+    first = next(iter(good["parameters"]))
+    cases: list[tuple[Any, str]] = [
+        ("{", "is not a plan"),
+        ([], "is not a plan"),
+        (good | {"version": 9}, "plan of version 9"),
+        (good | {"model": "0"}, "damaged plan"),
+        (
+            good
+            | {"parameters": good["parameters"] | {first: good["parameters"][first] | {"codecs": "AAAA"}}},
+            "damaged plan",
+        ),
+        ({k: v for k, v in good.items() if k != "nbytes"}, "damaged plan"),
+    ]
+    for content, message in cases:
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(CiuicError, match=message):
+            ModelPlan.load(file)
+    with pytest.raises(CiuicError, match="There is no plan"):
+        ModelPlan.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 4, "memory": "1GiB", "context": 8}, "give one of them"),
+        ({"bits": 4.25, "memory": "1GiB", "context": 8}, "give one of them"),
+        ({"memory": "1GiB"}, "say for how many tokens"),
+        ({"context": 100}, "belong to memory"),
+        ({"plan": "p.json", "bits": 3}, "A plan holds every size"),
+        ({"memory": "1GiB", "context": 8, "policy": "uniform"}, "goes by bits alone"),
+        ({"memory": "much", "context": 8}, "memory must be a size"),
+    ],
+)
+def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CiuicError, match=message):
+        CiuicConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "H101"], "No card is named 'H101'; choose one of RTX3090"),
+        (["--gpu", "H100", "--bits", "4"], "--gpu and --bits contradict each other"),
+        (["--memory", "1MiB"], "The smallest plan needs"),
+    ],
+)
+def test_bad_commands(
+    options: list[str], message: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(checkpoint("llama_wide")), *options]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_real_v3_is_planned_in_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """671 B weights: within the budget to the byte of one block; in processor time, as others use this machine."""
+    (tmp_path / "config.json").write_text(json.dumps(V3_CONFIG))
+    started = time.process_time()
+    assert main(["plan", str(tmp_path), "--memory", "400GiB", "--context", "32768", "--json"]) == 0
+    assert time.process_time() - started < 10
+    found = json.loads(capsys.readouterr().out)
+    assert sum(role["weights"] for role in found["roles"].values()) > 670e9
+    assert (400 << 30) - (64 << 10) < found["nbytes"] <= 400 << 30
+    assert 4.5 < found["bits"] < 5
+    assert found["longest_context"] >= 32768 and found["largest_batch"] == 1
