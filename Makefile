@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench-load test test-all wheel-test lint types contracts format clean
+.PHONY: help setup demo bench-load test test-all wheel-test aot aot-budgets lint types contracts format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,13 @@ test-all: lint  ## the same with the slow tests
 wheel-test: $(STAMP)  ## build the wheel, install it in a clean environment, run the demo there
 	@echo "pytest: the wheel, in a clean environment (a few minutes)"
 	@$(BIN)/python -m pytest -m slow tests/packaging
+
+aot: $(STAMP)  ## compile every GPU kernel, without a GPU, with three releases of Triton, and check the machine code
+	@echo "pytest: kernels compiled ahead of time (half an hour the first time)"
+	@$(BIN)/python -m pytest -m "slow or not slow" tests/triton
+
+aot-budgets: $(STAMP)  ## store what the kernels' loops cost now, print what changed
+	@PYTHONPATH=.:kernels $(BIN)/python -m tests.triton.budgets
 
 lint: $(STAMP)  ## format check, lint, types, import contracts
 	@echo "ruff: format"

@@ -1,0 +1,140 @@
+"""What the ahead-of-time gate compiles: kernels with a launch setting, kinds of blocks, dtype and architecture.
+
+A parameter's kernel is compiled for the set of kinds that it holds, and there are too many sets to try them all. Each
+kind is compiled alone, where one loop is one number, and some mixtures, because a loop's neighbours can change how
+the compiler lays it out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ciuic_kernels.codecs.grid import GRIDS, PLANES
+from ciuic_kernels.work import ANY
+
+ARCHES = (80, 89, 90, 100)
+EXTREMES = (80, 90, 100)
+"""sm_89 runs the code of sm_80 but for the allocation of registers, and the size of its shared memory."""
+
+DECODE, PREFILL = (8, 1, 6), (64, 4, 4)
+LAUNCHES = (DECODE, (16, 1, 6), (32, 2, 4), PREFILL)
+"""Every (block_m, num_warps, num_stages) that the shipped rules can choose."""
+
+ALL_KINDS = tuple(sorted(codec.id for codec in GRIDS.values()))
+WEIGHTS = {width: GRIDS[width, 64].id for width in PLANES}
+"""The kind of each width in groups of 64 columns."""
+
+TYPICAL, HEAVIEST = GRIDS[4, 64].id, GRIDS[8, 32].id
+LOW_BITS = (WEIGHTS[2], WEIGHTS[3], WEIGHTS[4], ANY)
+WHOLE_PLAN = (*sorted(WEIGHTS.values()), ANY)
+_NAMES = {codec.id: codec.name for codec in GRIDS.values()} | {ANY: "any"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+        kernel: ``linear``, ``experts_few``, ``experts_many``, ``dequantize`` or ``embedding``.
+        arch: compute capability times ten.
+        dtype: ``bf16`` or ``fp16``.
+        kinds: as in ``work.build_work``.
+        launch: ``(block_m, num_warps, num_stages)``; of the last two kernels only the warps count.
+        pairs: ``PAIRS`` of ``experts_few``.
+        aligned: whether N and K are multiples of 16.
+    """
+
+    kernel: str
+    arch: int
+    dtype: str
+    kinds: tuple[int, ...]
+    launch: tuple[int, int, int] = DECODE
+    pairs: int = 16
+    aligned: bool = True
+
+    @property
+    def block_m(self) -> int:
+        return self.launch[0]
+
+    @property
+    def num_warps(self) -> int:
+        return self.launch[1]
+
+    @property
+    def setting(self) -> str:
+        """Kernel, dtype and launch in words, as the budget file has them."""
+        launch = "x".join(map(str, self.launch))
+        pairs = f" pairs{self.pairs}" if self.kernel == "experts_few" else ""
+        return f"{self.kernel} {self.dtype} {launch}{pairs}{'' if self.aligned else ' ragged'}"
+
+    @property
+    def blocks(self) -> str:
+        """The kinds in words."""
+        return "+".join(_NAMES[kind] for kind in self.kinds) or "every"
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch} {self.setting} {self.blocks}"
+
+    @property
+    def is_decode(self) -> bool:
+        return self.kernel == "linear" and self.dtype == "bf16" and self.launch == DECODE and self.aligned
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        fields: dict[str, Any] = json.loads(text)
+        fields["kinds"], fields["launch"] = tuple(fields["kinds"]), tuple(fields["launch"])
+        return cls(**fields)
+
+
+def _others(arch: int) -> Iterator[Case]:
+    """The kernels beside ``linear``, each once."""
+    yield Case("experts_few", arch, "bf16", (TYPICAL,), DECODE, pairs=64)
+    yield Case("experts_many", arch, "bf16", (TYPICAL,), PREFILL)
+    yield Case("dequantize", arch, "bf16", (TYPICAL,), (0, 4, 3))
+    yield Case("embedding", arch, "bf16", (), (0, 1, 3))
+
+
+def fast_cases() -> list[Case]:
+    """For every change: all kinds in decode on sm_90, one or two of everything else."""
+    cases = [Case("linear", 90, "bf16", (kind,)) for kind in (*ALL_KINDS, ANY)]
+    cases += [Case("linear", arch, "bf16", (TYPICAL,), launch) for arch in ARCHES for launch in LAUNCHES]
+    cases += [Case("linear", arch, "bf16", (HEAVIEST,)) for arch in ARCHES]
+    cases += [Case("linear", 90, "bf16", LOW_BITS), Case("linear", 90, "fp16", (TYPICAL,))]
+    cases += _others(90)
+    cases += [Case("experts_few", 80, "bf16", (TYPICAL,), DECODE, pairs=64)]
+    return list(dict.fromkeys(cases))
+
+
+def end_cases() -> list[Case]:
+    """For the first and the last supported Triton: all kinds in decode, one or two of everything else, everywhere."""
+    cases = fast_cases()
+    cases += [Case("linear", arch, "bf16", (kind,)) for arch in ARCHES for kind in (*ALL_KINDS, ANY)]
+    cases += [Case("linear", arch, "bf16", (HEAVIEST,), launch) for arch in EXTREMES for launch in LAUNCHES]
+    cases += [Case("linear", arch, "bf16", LOW_BITS) for arch in ARCHES]
+    cases += [Case("linear", 90, "bf16", WHOLE_PLAN)]
+    cases += [case for arch in ARCHES for case in _others(arch)]
+    return list(dict.fromkeys(cases))
+
+
+def full_cases() -> list[Case]:
+    """For the pinned Triton: those, float16, all launches of experts, mixtures in prefill, and odd N and K."""
+    cases = end_cases()
+    for arch in EXTREMES:
+        cases += [Case("linear", arch, "bf16", (ANY,), launch) for launch in LAUNCHES]
+        cases += [Case("experts_few", arch, "bf16", (TYPICAL,), launch) for launch in LAUNCHES]
+        cases += [Case("experts_many", arch, "bf16", (TYPICAL,), (16, 1, 6))]
+        cases += [Case("linear", arch, "bf16", LOW_BITS, PREFILL)]
+        cases += [
+            Case("linear", arch, "bf16", (TYPICAL,), launch, aligned=False) for launch in (DECODE, PREFILL)
+        ]
+        cases += [Case("linear", arch, "fp16", (kind,)) for kind in (TYPICAL, HEAVIEST)]
+        cases += [Case("linear", arch, "fp16", (TYPICAL,), PREFILL)]
+        cases += [Case("dequantize", arch, "fp16", LOW_BITS, (0, 4, 3))]
+    cases += [Case("linear", 90, "fp16", (kind,)) for kind in ALL_KINDS]
+    return list(dict.fromkeys(cases))
