@@ -8,6 +8,7 @@ Importing this package registers the ``ciuic`` quantization method with transfor
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=ciuic_hf.CiuicConfig(bits=4.25))
 """
 
+from ciuic_hf import packaged as _packaged
 from ciuic_hf.compressor.adaptive import adaptive_compress as adaptive_compress
 from ciuic_hf.compressor.compressed import CompressedTensor as CompressedTensor
 from ciuic_hf.compressor.compressor import CiuicCompressor as CiuicCompressor
@@ -21,7 +22,9 @@ from ciuic_hf.modules.embedding import CiuicEmbedding as CiuicEmbedding
 from ciuic_hf.modules.experts import CiuicExperts as CiuicExperts
 from ciuic_hf.modules.linear import CiuicLinear as CiuicLinear
 from ciuic_hf.report import Report as Report
+from ciuic_kernels import tuning as _tuning
 
 __version__ = "0.1.0"
 
 _merge.install()
+_tuning.add_search_path(_packaged.configs_folder() / "tuned")

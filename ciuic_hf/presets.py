@@ -1,21 +1,20 @@
-"""The data files of ``configs/``: inside the package when installed, beside it in a checkout."""
+"""The data files of ``configs/``."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-_PLACES = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+from ciuic_hf.packaged import configs_folder
 
 
 @cache
 def read_preset(name: str) -> dict[str, Any]:
     """The content of ``configs/<name>.json``. Raises FileNotFoundError when the installation is incomplete."""
-    for place in _PLACES:
-        if (place / f"{name}.json").is_file():
-            return dict(json.loads((place / f"{name}.json").read_text(encoding="utf-8")))
-    raise FileNotFoundError(
-        f"configs/{name}.json is missing from this installation of ciuic-hf; install it again."
-    )
+    path = configs_folder() / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"configs/{name}.json is missing from this installation of ciuic-hf; install it again."
+        )
+    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import settings
+
+from ciuic_kernels.poison import poisoned_buffers
 
 torch.set_num_threads(min(4, os.cpu_count() or 1))
 
@@ -48,36 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def _poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill with a value that no test can mistake for a result."""
-    if tensor.is_floating_point() or tensor.is_complex():
-        return tensor.fill_(float("nan"))
-    if tensor.dtype == torch.bool:
-        return tensor.fill_(True)
-    return tensor.fill_(torch.iinfo(tensor.dtype).max)
-
-
 @pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make uninitialised buffers recognisable, so that a kernel that leaves a hole in its output fails.
-
-    Floats become NaN, integers the largest of their type. Covers torch.empty, empty_like, empty_strided and
-    Tensor.new_empty; buffers that C++ code allocates for itself stay as they are.
-    """
-
-    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-            with torch.no_grad():
-                return _poison(allocate(*args, **kwargs).detach()).requires_grad_(
-                    bool(kwargs.get("requires_grad", False))
-                )
-
-        return allocate_poisoned
-
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-    ):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+def poisoned_empty() -> Iterator[None]:
+    """Fresh buffers are full of NaN, so that a kernel that leaves a hole in its output fails."""
+    with poisoned_buffers():
+        yield

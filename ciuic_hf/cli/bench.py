@@ -1,4 +1,4 @@
-"""``ciuic bench load | decode | quality | products``: measurements, printed as ratios taken in one run."""
+"""``ciuic bench``: measurements, printed as ratios taken in one run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from ciuic_kernels.device import device_facts
 
 
 def add_command(commands: Any) -> None:
@@ -33,9 +44,38 @@ def add_command(commands: Any) -> None:
     products.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
     products.add_argument("--codec", default="grid4_g32", help="block codec (default grid4_g32)")
     products.set_defaults(run=run_products)
+    _add_kernels(kinds)
+    _add_tune(kinds)
     for kind in (load, decode, quality, products):
         kind.add_argument("--json", type=Path, help="also write the numbers to this file")
         kind.add_argument("--cache", type=Path, default=Path("ciuic-bench"), help="directory for the models")
+
+
+def _add_kernels(kinds: Any) -> None:
+    kernels = kinds.add_parser("kernels", help="prove and time the GPU kernels; needs a CUDA GPU")
+    kernels.add_argument(
+        "--report",
+        type=Path,
+        nargs="?",
+        const=Path("docs/results"),
+        metavar="DIR",
+        help="write kernels-<gpu>.json and .png to this directory (default docs/results)",
+    )
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file")
+    kernels.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture; needs matplotlib")
+    kernels.add_argument("--quick", action="store_true", help="only what the bar says of products")
+    kernels.add_argument("--minutes", type=float, default=8, help="what the run may take (default 8)")
+    kernels.add_argument("--device", default="cuda:0")
+    kernels.set_defaults(run=run_kernels)
+
+
+def _add_tune(kinds: Any) -> None:
+    tune = kinds.add_parser("tune", help="find the fastest kernel launches of this GPU; needs a CUDA GPU")
+    tune.add_argument(
+        "--out", type=Path, metavar="FILE", help="table to write (default: where every later run finds it)"
+    )
+    tune.add_argument("--device", default="cuda:0")
+    tune.set_defaults(run=run_tune)
 
 
 def run_load(arguments: argparse.Namespace) -> None:
@@ -64,6 +104,92 @@ def run_products(arguments: argparse.Namespace) -> None:
 
     rows = measure_products(arguments.codec, arguments.repeats)
     _show(table(rows), rows, arguments.json)
+
+
+def run_kernels(arguments: argparse.Namespace) -> int:
+    device = _gpu(arguments.device, "ciuic bench kernels")
+    if device is None:
+        return NO_GPU
+    from ciuic_hf.bench.kernels.picture import draw, require_matplotlib
+    from ciuic_hf.bench.kernels.report import report
+    from ciuic_hf.bench.kernels.run import run_bench
+
+    if arguments.report or arguments.plot:
+        require_matplotlib()
+    with ShownProgress() as progress:
+        result = run_bench(device, progress, seconds=60 * arguments.minutes, quick=arguments.quick)
+    for part in report(result):
+        Console().print(part)
+    base = arguments.report / f"kernels-{result.machine.slug}" if arguments.report else None
+    for path in (arguments.json, base and base.with_suffix(".json")):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    for path in (arguments.plot, base and base.with_suffix(".png")):
+        if path is not None and result.green:
+            draw(result, path)
+    return 0 if result.green else 1
+
+
+def run_tune(arguments: argparse.Namespace) -> int:
+    device = _gpu(arguments.device, "ciuic bench tune")
+    if device is None:
+        return NO_GPU
+    from ciuic_hf.bench.tune import report, table_path, tune, write_table
+
+    with ShownProgress() as progress:
+        tuned = tune(device, progress)
+    for part in report(tuned):
+        Console().print(part)
+    path = arguments.out or table_path(tuned.gpu, tuned.triton)
+    write_table(tuned, path)
+    Console().print(f"written to {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+NO_GPU = 2
+
+
+def _gpu(name: str, command: str) -> torch.device | None:
+    """A device that the kernels run on; None after one sentence that says what is needed."""
+    device = torch.device(name)
+    here = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    reason = device_facts(device).reason if here else f"{name} is not there"
+    if not reason:
+        torch.cuda.set_device(device)
+        return torch.device("cuda", torch.cuda.current_device())
+    Console(stderr=True).print(
+        f"ciuic: {command} needs a CUDA GPU of compute capability 8.0 or newer with Triton: {reason}.",
+        style="red", highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return None
+
+
+class ShownProgress:
+    """A bar on standard error: what is measured, how far, how long it has taken."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ShownProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def start(self, what: str, total: int | None) -> None:
+        """A new bar takes the place of the last."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(what, total=total)
+
+    def step(self, what: str) -> None:
+        """One step further, and what it was."""
+        assert self._task is not None
+        self._bars.update(self._task, advance=1, description=what)
 
 
 def _show(table: Any, rows: list[Any], path: Path | None) -> None:

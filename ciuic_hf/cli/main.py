@@ -27,15 +27,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a CiuicError is printed as one sentence, without a traceback."""
+    """Run a command and give its exit status; a CiuicError is printed as one sentence, without a traceback."""
     arguments = parser().parse_args(argv)
     warnings.simplefilter("default")
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except (CiuicError, FileNotFoundError) as error:
         Console(stderr=True).print(f"ciuic: {error}", style="red", highlight=False, markup=False)
         return 1
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from functools import lru_cache
 
 import torch
 
-from ciuic_kernels import tuning
 from ciuic_kernels.cpu import native
 from ciuic_kernels.device import device_facts
 from ciuic_kernels.selection import Choice, choose
+from ciuic_kernels.tuning import rules_for, triton_minor
 
 _said: set[str] = set()
 
@@ -54,7 +54,7 @@ def use_triton(device: torch.device) -> bool:
 @lru_cache(maxsize=4096)
 def _choice(op: str, tokens: int, weights: int, dtype: torch.dtype, device: torch.device) -> Choice:
     facts = device_facts(device)
-    return choose(op, tokens, weights, dtype, facts, tuning.rules_for(facts.name, tuning.triton_minor()))
+    return choose(op, tokens, weights, dtype, facts, rules_for(facts.name, triton_minor()))
 
 
 def product_choice(op: str, tokens: int, weights: int, dtype: torch.dtype, device: torch.device) -> Choice:

@@ -54,12 +54,14 @@ class Rule:
         max_tokens: largest number of tokens, or of tokens per expert.
         size: a key of ``SIZES``, or None for every matrix.
         launch: ``(block_m, num_warps, num_stages)`` of the fused kernel, None for decode-then-GEMM.
+        programs: programs of a launch for each streaming multiprocessor; more cut a strip into more parts.
     """
 
     op: str
     max_tokens: int
     size: str | None
     launch: tuple[int, int, int] | None
+    programs: int = PROGRAMS_PER_PROCESSOR
 
 
 DEFAULT_RULES = (
@@ -122,7 +124,7 @@ def choose(
     limit = "" if rule.max_tokens == MAX_TOKENS else f", up to {rule.max_tokens} tokens"
     if rule.launch is None:
         return Choice("dense", None, f"{size} matrix, many tokens: decode bands, then GEMM{limit}")
-    launch = Launch(*rule.launch, programs=PROGRAMS_PER_PROCESSOR * facts.processors)
+    launch = Launch(*rule.launch, programs=rule.programs * facts.processors)
     return Choice(
         "fused", launch, f"{size} matrix{limit}: tiles of 64 x {launch.block_m}, {launch.num_warps} warps"
     )

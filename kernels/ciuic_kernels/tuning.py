@@ -1,9 +1,10 @@
 """Tables of measured rules, one JSON file a GPU: which launch is fastest for which sizes.
 
     {"schema": 1, "gpu": "NVIDIA H100 80GB HBM3", "triton": "3.8", "command": "ciuic bench tune",
-     "rules": [{"op": "linear", "max_tokens": 8, "size": "large", "launch": [8, 1, 6]}, ...]}
+     "rules": [{"op": "linear", "max_tokens": 8, "size": "large", "launch": [8, 1, 6], "programs": 8}, ...]}
 
-A rule without ``max_tokens`` or ``size`` fits all; ``launch: null`` is decode-then-GEMM. A file serves the GPU and the
+A rule without ``max_tokens`` or ``size`` fits all; ``launch: null`` is decode-then-GEMM; ``programs``, for each
+streaming multiprocessor, may be left out. A file serves the GPU and the
 minor version of Triton that it names, since compilers differ. Folders are searched in the order of
 ``search_paths()``: the user's own first, then those that ``add_search_path`` was given.
 """
@@ -17,7 +18,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ciuic_kernels.selection import DEFAULT_RULES, EXPERTS, LINEAR, MAX_TOKENS, SIZES, Rule
+from ciuic_kernels.selection import (
+    DEFAULT_RULES,
+    EXPERTS,
+    LINEAR,
+    MAX_TOKENS,
+    PROGRAMS_PER_PROCESSOR,
+    SIZES,
+    Rule,
+)
 
 SCHEMA = 1
 _added: list[Path] = []
@@ -62,7 +71,7 @@ def read_rules(path: Path) -> tuple[str, str, list[Rule]]:
 
 
 def _rule(entry: dict[str, Any]) -> Rule:
-    unknown = set(entry) - {"op", "max_tokens", "size", "launch"}
+    unknown = set(entry) - {"op", "max_tokens", "size", "launch", "programs"}
     if unknown:
         raise ValueError(f"unknown key {sorted(unknown)[0]!r}")
     op, size, launch = entry["op"], entry.get("size"), entry["launch"]
@@ -80,15 +89,23 @@ def _rule(entry: dict[str, Any]) -> Rule:
         launch = (block_m, num_warps, num_stages)
     elif op == EXPERTS:
         raise ValueError("experts have no decode-then-GEMM: the host would have to know the routing")
-    return Rule(op, int(entry.get("max_tokens") or MAX_TOKENS), size, launch)
+    programs = int(entry.get("programs", PROGRAMS_PER_PROCESSOR))
+    if not 1 <= programs <= 64:
+        raise ValueError(f"{programs} programs for each processor are not 1 to 64")
+    return Rule(op, int(entry.get("max_tokens") or MAX_TOKENS), size, launch, programs)
+
+
+def table_for(gpu: str, triton: str) -> Path | None:
+    """The first table for a GPU and this Triton, None when there is none. Raises ValueError for a broken one."""
+    for folder in search_paths():
+        for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+            if read_rules(path)[:2] == (gpu, triton):
+                return path
+    return None
 
 
 @cache
 def rules_for(gpu: str, triton: str) -> tuple[Rule, ...]:
-    """The rules of a GPU: those of the first table for it and this Triton, then the defaults."""
-    for folder in search_paths():
-        for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-            name, minor, rules = read_rules(path)
-            if (name, minor) == (gpu, triton):
-                return (*rules, *DEFAULT_RULES)
-    return DEFAULT_RULES
+    """The rules of a GPU: those of its table, then the defaults."""
+    path = table_for(gpu, triton)
+    return DEFAULT_RULES if path is None else (*read_rules(path)[2], *DEFAULT_RULES)

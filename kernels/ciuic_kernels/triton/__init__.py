@@ -1,0 +1,1 @@
+"""Triton kernels on compressed blocks, one file each; only these files import Triton, at their first call."""

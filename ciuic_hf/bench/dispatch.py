@@ -1,0 +1,117 @@
+"""Which kernel serves which weight at how many tokens, and why: what ``ciuic inspect --dispatch`` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from ciuic_hf.bench.kernels.shapes import WeightShape
+from ciuic_hf.checkpoint import read_config
+from ciuic_hf.inspection import inspect_checkpoint
+from ciuic_kernels.device import DeviceFacts
+from ciuic_kernels.format import ceil_div
+from ciuic_kernels.selection import EXPERTS, Choice, Rule, choose
+from ciuic_kernels.work import ROUTED_SLOTS
+
+MAX_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Route:
+    """A range of tokens that one kernel serves.
+
+    Attributes:
+        kernel: file under ``ciuic_kernels/triton`` and kernel in it, or what runs instead.
+        launch: its tile and warps, empty when it is not fused.
+    """
+
+    first: int
+    last: int
+    kernel: str
+    launch: str
+    reason: str
+
+    @property
+    def tokens(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+def routes(
+    shape: WeightShape, facts: DeviceFacts, rules: Sequence[Rule], dtype: torch.dtype = torch.bfloat16
+) -> list[Route]:
+    """What runs at 1 to 8192 tokens, neighbours with the same answer joined."""
+    found: list[Route] = []
+    for tokens in range(1, MAX_TOKENS + 1):
+        pairs = tokens * shape.routed
+        rows = ceil_div(pairs, shape.experts) if shape.experts else tokens
+        choice = choose(shape.op, rows, shape.weights, dtype, facts, rules)
+        told = (_kernel(shape, choice, pairs), _launch(choice), choice.reason)
+        if found and (found[-1].kernel, found[-1].launch, found[-1].reason) == told:
+            found[-1] = Route(found[-1].first, tokens, *told)
+        else:
+            found.append(Route(tokens, tokens, *told))
+    return found
+
+
+def _kernel(shape: WeightShape, choice: Choice, pairs: int) -> str:
+    if choice.name == "reference":
+        return "reference"
+    if choice.launch is None:
+        return "experts one by one" if shape.op == EXPERTS else "dequantize + GEMM"
+    if shape.op == EXPERTS:
+        return "experts.few" if pairs <= ROUTED_SLOTS else "experts.many"
+    return "linear"
+
+
+def _launch(choice: Choice) -> str:
+    launch = choice.launch
+    if launch is None:
+        return ""
+    warps = "1 warp" if launch.num_warps == 1 else f"{launch.num_warps} warps"
+    return f"{launch.block_m} tokens, {warps}, {launch.num_stages} stages, {launch.programs} programs"
+
+
+def checkpoint_shapes(directory: Path) -> list[WeightShape]:
+    """The different shapes of a compressed checkpoint, named after the first parameter that has each."""
+    config = read_config(directory)
+    routed = int(_value(config, "num_experts_per_tok") or 1)
+    found: dict[tuple[int, ...], WeightShape] = {}
+    for parameter in inspect_checkpoint(directory).compressed:
+        *experts, rows, cols = parameter.shape
+        count = experts[0] if experts else 0
+        found.setdefault(
+            tuple(parameter.shape),
+            WeightShape(parameter.name, rows, cols, count, min(routed, count)),
+        )
+    return list(found.values())
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    """A key of config.json, or of the text part of a multimodal one."""
+    return config.get(key, (config.get("text_config") or {}).get(key))
+
+
+def dispatch_table(
+    shapes: Iterable[WeightShape], facts: DeviceFacts, rules: Sequence[Rule], source: str
+) -> Table:
+    """One line for each shape and range of tokens.
+
+    Args:
+        source: where the rules come from.
+    """
+    title = f"{facts.name or facts.kind}, bfloat16, rules: {source}"
+    shown = Table(title=title, box=box.ROUNDED)
+    for heading in ("weight", "tokens", "kernel", "launch", "why"):
+        shown.add_column(heading, justify="right" if heading == "tokens" else "left", overflow="fold")
+    for shape in shapes:
+        for place, route in enumerate(routes(shape, facts, rules)):
+            name = str(shape) if place == 0 else ""
+            shown.add_row(name, route.tokens, route.kernel, route.launch, route.reason)
+        shown.add_section()
+    return shown

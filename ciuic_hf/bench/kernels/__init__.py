@@ -1,0 +1,1 @@
+"""``ciuic bench kernels``: the GPU kernels proved right, then timed against what else could multiply."""
