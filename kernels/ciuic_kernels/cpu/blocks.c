@@ -141,8 +141,12 @@ INLINE f32v smaller(f32v a, f32v b) {
 
 /* 8 words of 16 bits, twice. */
 INLINE i32v words_twice(const uint8_t *p) {
-#if defined(__AVX512F__)
-    return (i32v)_mm512_broadcast_i64x4(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)));
+#if defined(__AVX512BW__)
+#define WORD(w) (int32_t)(0x80800000u | (2 * (w) + 1) << 8 | 2 * (w)) /* its two bytes, then two zeros */
+    const i32v places = {WORD(0), WORD(1), WORD(2), WORD(3), WORD(4), WORD(5), WORD(6), WORD(7),
+                         WORD(0), WORD(1), WORD(2), WORD(3), WORD(4), WORD(5), WORD(6), WORD(7)};
+#undef WORD
+    return (i32v)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)), (__m512i)places);
 #elif defined(__AVX2__)
     __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     union { __m256i half[2]; i32v v; } u = {{words, words}};
