@@ -8,11 +8,11 @@ lies, and which blocks to give to one program. One int32 tensor holds both, so t
     strips      [matrices, strips, 2]            (first item, number of items) of each strip
     counters    [slots, strips]                  zero between launches
 
-The blocks of a strip are sorted by *kind*: the codec id of a full block on a grid, ``ANY`` for all others, which take
-a slower path. A *work item* is a run of neighbouring blocks of one strip and kind, so that it is one loop without
-branches; items are cut to about the same number of bytes. Empty blocks (``zero``) are in no item. The items of a
-strip are shared by as many programs as a launch wants; each leaves its partial sum, and the last to arrive, which
-``counters`` tells, adds them up in order.
+The blocks of a strip are sorted by *kind*: the codec id of a full block on a grid, ``ANY`` or ``ANY_SPARSE`` for all
+others, which take a slower path. A *work item* is a run of neighbouring blocks of one strip and kind, so that it is one
+loop without branches; items are cut to about the same number of bytes. Empty blocks (``zero``) are in no item. The
+items of a strip are shared by as many programs as a launch wants; each leaves its partial sum, and the last to arrive,
+which ``counters`` tells, adds them up in order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from ciuic_kernels.codec import codec_by_id
 from ciuic_kernels.codecs.grid import GRIDS
 from ciuic_kernels.codecs.raw16 import RAW_BF16, RAW_FP16
-from ciuic_kernels.codecs.sparse import SPARSE
+from ciuic_kernels.codecs.sparse import FIRST_ID, SPARSE
 from ciuic_kernels.codecs.zero import ZERO
 from ciuic_kernels.format import ALIGNMENT, BLOCK_COLS, BLOCK_ROWS, BlockGrid
 from ciuic_kernels.layout import FormatError, block_nbytes
@@ -35,7 +35,10 @@ CODECS |= {grid.id for grid in GRIDS.values()} | {sparse.id for sparse in SPARSE
 """What ``triton/_any.py`` and ``triton/_blocks.py`` can read."""
 
 ANY = 255
-"""Kind of the blocks that only the general decoder reads: at an edge, raw, or sparse."""
+"""Kind of the blocks that only the general decoder reads: raw, or at an edge."""
+
+ANY_SPARSE = 254
+"""The same for sparse blocks, whose decoder needs more registers."""
 
 LINEAR_SLOTS = 8
 """Rows of counters of a matrix: up to so many tiles of tokens, programs share strips."""
@@ -162,6 +165,7 @@ def _sorted_by_kind(ids: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
         by_strip[:, -1] = ANY
     if grid.cols % BLOCK_COLS:
         by_strip[:, :, -1] = ANY
+    kinds[ids >= FIRST_ID] = ANY_SPARSE
     kinds[ids == ZERO.id] = _LAST
     kinds, order = kinds.sort(dim=1, stable=True)
     return order, kinds

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ciuic_kernels.codecs.grid import GRIDS, PLANES
-from ciuic_kernels.work import ANY
+from ciuic_kernels.work import ANY, ANY_SPARSE
 
 ARCHES = (80, 89, 90, 100)
 EXTREMES = (80, 90, 100)
@@ -30,7 +30,7 @@ WEIGHTS = {width: GRIDS[width, 64].id for width in PLANES}
 TYPICAL, HEAVIEST = GRIDS[4, 64].id, GRIDS[8, 32].id
 LOW_BITS = (WEIGHTS[2], WEIGHTS[3], WEIGHTS[4], ANY)
 WHOLE_PLAN = (*sorted(WEIGHTS.values()), ANY)
-_NAMES = {codec.id: codec.name for codec in GRIDS.values()} | {ANY: "any"}
+_NAMES = {codec.id: codec.name for codec in GRIDS.values()} | {ANY: "any", ANY_SPARSE: "sparse"}
 
 
 @dataclass(frozen=True)

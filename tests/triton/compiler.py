@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from ciuic_kernels.work import ANY_SPARSE
 from tests.triton.cases import Case
 from tests.triton.measurement import Measurement
 from tests.triton.sass import instructions, loops
@@ -49,7 +50,7 @@ def compile_case(case: Case):
     kernel = kernel_of(case.kernel)
     values = {
         "HAS_BIAS": False, "KINDS": case.kinds, "BM": case.block_m, "STAGES": case.launch[2],
-        "PAIRS": case.pairs, "PLAIN": False,
+        "PAIRS": case.pairs, "HAS_SPARSE": ANY_SPARSE in case.kinds, "PLAIN": False,
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):

@@ -210,7 +210,14 @@ def test_ids_outside_a_table_give_nan() -> None:
     from ciuic_kernels.triton.embedding import embedding
 
     rows = embedding(
-        ids=outside, arena=w.arena, tags=w.tags, work=w.derived.work, rows=70, cols=140, dtype=torch.float32
+        ids=outside,
+        arena=w.arena,
+        tags=w.tags,
+        work=w.derived.work,
+        kinds=w.derived.kinds,
+        rows=70,
+        cols=140,
+        dtype=torch.float32,
     )
     assert rows[:3].isnan().all()
     assert torch.equal(rows[3], w.dense[3])

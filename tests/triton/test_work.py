@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from ciuic_kernels import BlockGrid, codec, codec_by_name
 from ciuic_kernels.codecs.grid import GRIDS
+from ciuic_kernels.codecs.sparse import FIRST_ID
 from ciuic_kernels.codecs.zero import ZERO, ZeroCodec
 from ciuic_kernels.layout import FormatError, block_nbytes
-from ciuic_kernels.work import ANY, MAX_KBLOCKS, WorkShape, build_work, item_nbytes
+from ciuic_kernels.work import ANY, ANY_SPARSE, MAX_KBLOCKS, WorkShape, build_work, item_nbytes
 from tests.kernels.samples import mixed_ids, shapes
 
 GRID_IDS = {codec.id for codec in GRIDS.values()}
@@ -23,6 +24,8 @@ def tags_of(ids: torch.Tensor) -> torch.Tensor:
 
 
 def kind_of(codec: int, grid: BlockGrid, strip: int, kblock: int) -> int:
+    if codec >= FIRST_ID:
+        return ANY_SPARSE
     full = grid.strip_rows(strip) == 64 and grid.block_cols(kblock) == 128
     return codec if full and codec in GRID_IDS else ANY
 

@@ -42,7 +42,14 @@ def embedding(
         from ciuic_kernels.triton.embedding import embedding as gather  # the first kernel imports Triton
 
         rows_of_ids = gather(
-            ids=flat.contiguous(), arena=arena, tags=tags, work=work, rows=rows, cols=cols, dtype=dtype
+            ids=flat.contiguous(),
+            arena=arena,
+            tags=tags,
+            work=work,
+            kinds=kinds,
+            rows=rows,
+            cols=cols,
+            dtype=dtype,
         )
         return rows_of_ids.view(*ids.shape, cols)
     if use_native(arena.device):

@@ -154,7 +154,17 @@ def any_sparse(
 
 @triton.jit
 def any_values(
-    record, codec, exponent, row, first, rows, cols, before, SPAN: tl.constexpr, PLAIN: tl.constexpr
+    record,
+    codec,
+    exponent,
+    row,
+    first,
+    rows,
+    cols,
+    before,
+    SPAN: tl.constexpr,
+    HAS_SPARSE: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     """Columns ``first`` .. ``first + SPAN - 1`` of some rows of a block of any codec and size.
 
@@ -163,6 +173,7 @@ def any_values(
         row: int32 ``[R, 1]``.
         first: a multiple of SPAN, which is 8 or 16.
         rows, cols: the size of the block.
+        HAS_SPARSE: whether the block may be sparse; the others are read without that code.
         before: int32 ``[R, 1]``, ``numbers_at_rows`` for first = 0, then what the last call returned.
 
     Returns:
@@ -174,7 +185,7 @@ def any_values(
         values = (row + column).to(tl.float32) * 0.0
     elif codec == RAW_BF16 or codec == RAW_FP16:
         values = any_raw(record, codec, row, column, cols, mask)
-    elif codec >= SPARSE:
+    elif HAS_SPARSE and codec >= SPARSE:
         values, before = any_sparse(record, codec, exponent, row, first, rows, cols, before, SPAN, PLAIN)
     else:
         values = any_grid(record, codec, exponent, row, column, rows, cols, mask)

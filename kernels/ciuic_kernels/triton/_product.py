@@ -24,8 +24,10 @@ from ciuic_kernels.triton._blocks import (
     width_of,
 )
 from ciuic_kernels.work import ANY as _ANY_KIND
+from ciuic_kernels.work import ANY_SPARSE as _ANY_SPARSE_KIND
 
 ANY = tl.constexpr(_ANY_KIND)
+ANY_SPARSE = tl.constexpr(_ANY_SPARSE_KIND)
 ANY_COLS = tl.constexpr(16)  # the least that an MMA takes
 
 
@@ -59,17 +61,33 @@ def grid_block(
 
 
 @triton.jit
-def any_block(total, arena, blocks, index, x_rows, strip, n, k, BM: tl.constexpr, PLAIN: tl.constexpr):
+def any_block(
+    total,
+    arena,
+    blocks,
+    index,
+    x_rows,
+    strip,
+    n,
+    k,
+    BM: tl.constexpr,
+    IS_SPARSE: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
     """The same for a block of any codec and size, few columns at a time: it needs many registers for each."""
     offset, codec, exponent, kblock = load_block_entry(blocks, index)
     record = arena + offset * 16
     rows = tl.minimum(ROWS, n - strip * ROWS)
     cols = tl.minimum(COLS, k - kblock * COLS)
     row = tl.arange(0, ROWS)[:, None]
-    before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
+    before = row * 0
+    if IS_SPARSE:
+        before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
     for first in range(0, cols, ANY_COLS):
         column = first + tl.arange(0, ANY_COLS)
-        values, before = any_values(record, codec, exponent, row, first, rows, cols, before, ANY_COLS, PLAIN)
+        values, before = any_values(
+            record, codec, exponent, row, first, rows, cols, before, ANY_COLS, IS_SPARSE, PLAIN
+        )
         x = tl.load(x_rows + (kblock * COLS + column)[:, None], mask=(column < cols)[:, None], other=0.0)
         total = tl.dot(values.to(x.dtype), x, total)
     return total
@@ -102,9 +120,11 @@ def add_item(
     count = tl.load(item + 2)
     for i in tl.static_range(len(KINDS)):
         if kind == KINDS[i]:
-            if KINDS[i] == ANY:
+            if KINDS[i] >= ANY_SPARSE:
                 for index in range(0, count):
-                    total = any_block(total, arena, first, index, x_rows, strip, n, k, BM, PLAIN)
+                    total = any_block(
+                        total, arena, first, index, x_rows, strip, n, k, BM, KINDS[i] == ANY_SPARSE, PLAIN
+                    )
             else:
                 for index in tl.range(0, count, num_stages=STAGES):
                     total = grid_block(total, arena, first, index, x_rows, KINDS[i], BM, PLAIN)

@@ -26,7 +26,7 @@ from ciuic_kernels.triton._blocks import (
     unpack_plain,
     width_of,
 )
-from ciuic_kernels.triton._product import ANY, ANY_COLS
+from ciuic_kernels.triton._product import ANY_COLS, ANY_SPARSE
 from ciuic_kernels.work import WorkShape
 
 
@@ -46,20 +46,36 @@ def dense_grid(record, exponent, out, stride, KIND: tl.constexpr):
 
 
 @triton.jit
-def dense_any(record, codec, exponent, out, stride, rows, cols, PLAIN: tl.constexpr):
+def dense_any(
+    record, codec, exponent, out, stride, rows, cols, HAS_SPARSE: tl.constexpr, PLAIN: tl.constexpr
+):
     """A block of any codec and size, a few columns at a time."""
     row = tl.arange(0, ROWS)[:, None]
-    before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
+    before = row * 0
+    if HAS_SPARSE:
+        before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
     for first in range(0, cols, ANY_COLS):
         column = first + tl.arange(0, ANY_COLS)[None, :]
-        values, before = any_values(record, codec, exponent, row, first, rows, cols, before, ANY_COLS, PLAIN)
+        values, before = any_values(
+            record, codec, exponent, row, first, rows, cols, before, ANY_COLS, HAS_SPARSE, PLAIN
+        )
         mask = (row < rows) & (column < cols)
         tl.store(out + row.to(tl.int64) * stride + column, values.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_block", "strips"])
 def dequantize_kernel(
-    arena, work, out, n, k, kblocks, first_block, strips, KINDS: tl.constexpr, PLAIN: tl.constexpr
+    arena,
+    work,
+    out,
+    n,
+    k,
+    kblocks,
+    first_block,
+    strips,
+    KINDS: tl.constexpr,
+    HAS_SPARSE: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     offset, codec, exponent, kblock = load_block_entry(work, first_block + index)
@@ -71,12 +87,12 @@ def dequantize_kernel(
     full = (rows == ROWS) & (cols == COLS)
     done = False
     for i in tl.static_range(len(KINDS)):
-        if KINDS[i] != ANY:
+        if KINDS[i] < ANY_SPARSE:
             if full & (codec == KINDS[i]):
                 dense_grid(record, exponent, corner, k, KINDS[i])
                 done = True
     if not done:
-        dense_any(record, codec, exponent, corner, k, rows, cols, PLAIN)
+        dense_any(record, codec, exponent, corner, k, rows, cols, HAS_SPARSE, PLAIN)
 
 
 def dequantize(
@@ -113,6 +129,7 @@ def dequantize(
         first_block,
         shape.strips,
         KINDS=tuple(kinds),
+        HAS_SPARSE=ANY_SPARSE.value in kinds,
         PLAIN=interpreted(),
         num_warps=4,
     )

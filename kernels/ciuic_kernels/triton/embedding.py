@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ciuic_kernels.triton._any import any_values, numbers_at_rows
 from ciuic_kernels.triton._blocks import COLS, ROWS, interpreted, load_block_entry
-from ciuic_kernels.triton._product import ANY_COLS
+from ciuic_kernels.triton._product import ANY_COLS, ANY_SPARSE
 from ciuic_kernels.work import WorkShape
 
 
 @triton.jit
-def embedding_kernel(ids, arena, work, out, n, k, kblocks, PLAIN: tl.constexpr):
+def embedding_kernel(ids, arena, work, out, n, k, kblocks, HAS_SPARSE: tl.constexpr, PLAIN: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     wanted = tl.load(ids + token)
     inside = (wanted >= 0) & (wanted < n)
@@ -30,17 +30,29 @@ def embedding_kernel(ids, arena, work, out, n, k, kblocks, PLAIN: tl.constexpr):
     rows = tl.minimum(ROWS, n - strip * ROWS)
     cols = tl.minimum(COLS, k - kblock * COLS)
     row = tl.zeros((1, 1), tl.int32) + row_of_table % ROWS
-    before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
+    before = row * 0
+    if HAS_SPARSE:
+        before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
     for first in range(0, cols, ANY_COLS):
         column = first + tl.arange(0, ANY_COLS)[None, :]
-        values, before = any_values(record, codec, exponent, row, first, rows, cols, before, ANY_COLS, PLAIN)
+        values, before = any_values(
+            record, codec, exponent, row, first, rows, cols, before, ANY_COLS, HAS_SPARSE, PLAIN
+        )
         values = tl.where(inside, values, float("nan"))
         at = out + token * k + kblock * COLS + column
         tl.store(at, values.to(out.dtype.element_ty), mask=column < cols)
 
 
 def embedding(
-    *, ids: Tensor, arena: Tensor, tags: Tensor, work: Tensor, rows: int, cols: int, dtype: torch.dtype
+    *,
+    ids: Tensor,
+    arena: Tensor,
+    tags: Tensor,
+    work: Tensor,
+    kinds: list[int],
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Rows ``ids`` of a table ``[rows, cols]`` as ``[T, cols]`` of ``dtype``.
 
@@ -51,6 +63,7 @@ def embedding(
     out = torch.empty(ids.numel(), cols, dtype=dtype, device=arena.device)
     if ids.numel():
         embedding_kernel[(ids.numel(), shape.kblocks)](
-            ids, arena, work, out, rows, cols, shape.kblocks, PLAIN=interpreted(), num_warps=1
+            ids, arena, work, out, rows, cols, shape.kblocks, HAS_SPARSE=ANY_SPARSE.value in kinds,
+            PLAIN=interpreted(), num_warps=1
         )  # fmt: skip
     return out
