@@ -48,7 +48,8 @@ def rules_of(minor: str, case: Case) -> list[pytest.MarkDecorator]:
 
 
 def prefill_bar_of(case: Case) -> list[pytest.MarkDecorator]:
-    """On sm_90 up to four bits keep the bar (wgmma reads x from shared memory); nothing does on sm_80 and sm_89."""
+    """On sm_90 up to four bits keep the bar (wgmma reads x from shared memory), on sm_80 two bits; nothing on sm_89."""
     assert case.launch == PREFILL
-    kept = case.arch == 90 and case.kinds[0] <= WEIGHTS[4]
+    most = {80: WEIGHTS[2], 90: WEIGHTS[4]}
+    kept = case.arch in most and case.kinds[0] <= most[case.arch]
     return [] if kept else [pytest.mark.xfail(reason=PREFILL_COST, strict=True)]
