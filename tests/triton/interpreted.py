@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ciuic_kernels import BlockGrid, PackedTensor, derived, dispatch
+from ciuic_kernels import PackedTensor, derived, dispatch
 from ciuic_kernels.device import DeviceFacts
 from ciuic_kernels.packing import decode_tensor
 from tests.kernels.operands import Operand
@@ -63,7 +63,3 @@ def counters(w: Operand) -> Tensor:
 def random_ids(shape: tuple[int, ...], experts: int, seed: int) -> Tensor:
     """Expert ids, now and then outside of what exists."""
     return torch.randint(-1, experts + 2, shape, generator=generator(seed))
-
-
-def grid_of(w: Operand) -> BlockGrid:
-    return BlockGrid(tuple(w.dense.shape))
