@@ -2,6 +2,8 @@
 
 What a block costs is its sensitivity times the relative error of its codec; :mod:`ciuic_hf.planning.allocate`
 minimises the sum. Sizes follow from shapes and sensitivities alone, so a plan is ready before a weight is read.
+Of weights that were pruned it also takes how many of each block are not zero (:mod:`ciuic_hf.planning.census`): such
+blocks may become sparse ones, and blocks of zeros are dropped. No other block ever loses weights.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from torch import Tensor
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.planning.allocate import Units, allocate
-from ciuic_hf.planning.distortion import MENU, relative_errors
+from ciuic_hf.planning.distortion import DENSE, MENU, menu_of, relative_errors
 from ciuic_kernels import BlockGrid, codec_by_name
+from ciuic_kernels.codecs.sparse import CAPACITIES, CAPACITY_UNIT, WIDTHS
 from ciuic_kernels.format import aligned
+
+_COLUMNS = len(MENU) + len(WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,13 @@ class Weighed:
         shape: ``(N, K)`` or ``(E, N, K)``.
         sensitivity: of the whole parameter, spread over its weights; or of each block, float32
             ``[strips, kblocks]`` or ``[E, strips, kblocks]``. See :mod:`ciuic_hf.planning.sensitivity`.
+        nonzeros: int32 like the blocks, how many weights of each are not zero; None counts none as zero.
     """
 
     name: str
     shape: tuple[int, ...]
     sensitivity: float | Tensor
+    nonzeros: Tensor | None = None
 
     @property
     def grid(self) -> BlockGrid:
@@ -76,7 +83,7 @@ def plan_blocks(parameters: Sequence[Weighed], budget: int) -> RateDistortionPla
     """
     tags = sum(p.grid.tags_nbytes for p in parameters)
     weights = sum(p.grid.numel for p in parameters)
-    units, spans = _units(parameters)
+    units, spans, ids = _units(parameters)
     smallest = units.smallest_nbytes() + tags
     if smallest > budget:
         raise CiuicError(
@@ -85,9 +92,10 @@ def plan_blocks(parameters: Sequence[Weighed], budget: int) -> RateDistortionPla
             'policy="uniform", which drops some.'
         )
     found = allocate(units, budget - tags)
-    ids = torch.tensor([codec_by_name(name).id for name in MENU])
     chosen = {
-        p.name: Chosen(ids[found.low[span]], ids[found.high[span]], found.upgraded[span])
+        p.name: Chosen(
+            *(ids[units.kind[span], column[span]] for column in (found.low, found.high)), found.upgraded[span]
+        )
         for p, span in zip(parameters, spans, strict=True)
     }
     return RateDistortionPlan(chosen, found.nbytes + tags, found.error)
@@ -96,7 +104,7 @@ def plan_blocks(parameters: Sequence[Weighed], budget: int) -> RateDistortionPla
 def codec_ids_of(parameter: Weighed, chosen: Chosen) -> Tensor:
     """uint8 ``[strips, kblocks]`` or ``[E, strips, kblocks]``. In a group the richer blocks are spread evenly."""
     grid = parameter.grid
-    if isinstance(parameter.sensitivity, Tensor):
+    if _by_block(parameter):
         return chosen.low.to(torch.uint8).view(grid.tags_shape[:-1])
     ids = torch.zeros(grid.matrices, grid.strips, grid.kblocks, dtype=torch.uint8)
     for i, (rows, cols) in enumerate(_areas(grid)):
@@ -116,53 +124,101 @@ def _areas(grid: BlockGrid) -> list[tuple[slice, slice]]:
     return [(b, p) for b in bands for p in panels if b.stop > b.start and p.stop > p.start]
 
 
-@lru_cache(maxsize=1024)
-def _record_nbytes(rows: int, cols: int) -> tuple[int, ...]:
-    return tuple(aligned(codec_by_name(name).record_nbytes(rows, cols)) for name in MENU)
+def _by_block(parameter: Weighed) -> bool:
+    return parameter.nonzeros is not None or isinstance(parameter.sensitivity, Tensor)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the codecs offer blocks of one size and density: ``_COLUMNS`` of each, the first repeated at the end."""
+
+    ids: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    errors: tuple[float, ...]
+
+
+@lru_cache(maxsize=4096)
+def _kind(rows: int, cols: int, nonzero: int) -> _Kind:
+    menu = menu_of(nonzero)
+    menu = menu + menu[:1] * (_COLUMNS - len(menu))
+    errors = relative_errors(nonzero)
+    codecs = [codec_by_name(name) for name in menu]
+    return _Kind(
+        tuple(c.id for c in codecs),
+        tuple(aligned(c.record_nbytes(rows, cols)) for c in codecs),
+        tuple(errors[name] for name in menu),
+    )
 
 
 class _Kinds:
-    """The sizes of blocks seen so far, numbered."""
+    """The kinds seen so far, numbered."""
 
     def __init__(self) -> None:
-        self.sizes: dict[tuple[int, ...], int] = {}
+        self.numbers: dict[_Kind, int] = {}
 
-    def of(self, rows: int, cols: int) -> int:
-        return self.sizes.setdefault(_record_nbytes(rows, cols), len(self.sizes))
+    def of(self, rows: int, cols: int, nonzero: int = DENSE) -> int:
+        return self.numbers.setdefault(_kind(rows, cols, nonzero), len(self.numbers))
+
+    def table(self, field: str, dtype: torch.dtype) -> Tensor:
+        values = [getattr(kind, field) for kind in self.numbers]
+        return torch.tensor(values, dtype=dtype).view(-1, _COLUMNS)
 
 
-def _units(parameters: Sequence[Weighed]) -> tuple[Units, list[slice]]:
-    """The allocator's units: blocks where each has its sensitivity, areas of equal blocks where they share one."""
+def _units(parameters: Sequence[Weighed]) -> tuple[Units, list[slice], Tensor]:
+    """The allocator's units, which of them belong to each parameter, and the codec ids ``[S, C]`` of their columns.
+
+    Units are blocks where each has its sensitivity or count, areas of equal blocks where they share one.
+    """
     kinds, spans, end = _Kinds(), [], 0
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     for parameter in parameters:
-        sensitivity = parameter.sensitivity
-        columns.append(
-            _per_block(parameter.grid, sensitivity, kinds)
-            if isinstance(sensitivity, Tensor)
-            else _per_area(parameter.grid, sensitivity, kinds)
-        )
+        columns.append((_per_block if _by_block(parameter) else _per_area)(parameter, kinds))
         spans.append(slice(end, end + len(columns[-1][0])))
         end = spans[-1].stop
     kind, weight, count = (
         torch.cat([torch.empty(0, dtype=dtype), *(column[i] for column in columns)])
         for i, dtype in enumerate((torch.int64, torch.float64, torch.int64))
     )
-    nbytes = torch.tensor(list(kinds.sizes), dtype=torch.int64).view(-1, len(MENU))
-    errors = relative_errors()
-    error = torch.tensor([errors[name] for name in MENU], dtype=torch.float64).expand(len(nbytes), -1)
-    return Units(kind, weight, nbytes, error, count), spans
+    units = Units(
+        kind, weight, kinds.table("nbytes", torch.int64), kinds.table("errors", torch.float64), count
+    )
+    return units, spans, kinds.table("ids", torch.int64)
 
 
-def _per_block(grid: BlockGrid, sensitivity: Tensor, kinds: _Kinds) -> tuple[Tensor, Tensor, Tensor]:
-    kind = torch.zeros(grid.strips, grid.kblocks, dtype=torch.int64)
+def _per_block(parameter: Weighed, kinds: _Kinds) -> tuple[Tensor, Tensor, Tensor]:
+    grid, nonzeros = parameter.grid, parameter.nonzeros
+    blocks = (grid.matrices, grid.strips, grid.kblocks)
+    sizes = torch.zeros(blocks, dtype=torch.int64)
     for rows, cols in _areas(grid):
-        kind[rows, cols] = kinds.of(grid.strip_rows(rows.start), grid.block_cols(cols.start))
-    flat = sensitivity.reshape(-1).double()
-    return kind.flatten().repeat(grid.matrices), flat, torch.ones(len(flat), dtype=torch.int64)
+        sizes[:, rows, cols] = grid.strip_rows(rows.start) * grid.block_cols(cols.start)
+    counts = sizes if nonzeros is None else nonzeros.reshape(blocks).long()
+    nonzero = nonzero_32nds(counts, sizes)
+    kind = torch.zeros(blocks, dtype=torch.int64)
+    for rows, cols in _areas(grid):
+        here, numbers = nonzero[:, rows, cols], torch.zeros(DENSE + 1, dtype=torch.int64)
+        for n in here.unique().tolist():
+            numbers[n] = kinds.of(grid.strip_rows(rows.start), grid.block_cols(cols.start), n)
+        kind[:, rows, cols] = numbers[here]
+    weight = parameter.sensitivity
+    if not isinstance(weight, Tensor):
+        weight = weight * counts.double() / counts.sum().clamp(min=1)
+    flat = weight.reshape(-1).double()
+    return kind.flatten(), flat, torch.ones(len(flat), dtype=torch.int64)
 
 
-def _per_area(grid: BlockGrid, sensitivity: float, kinds: _Kinds) -> tuple[Tensor, Tensor, Tensor]:
+def nonzero_32nds(counts: Tensor, sizes: Tensor) -> Tensor:
+    """The capacity that holds ``counts`` of ``sizes`` weights, 0 for none and ``DENSE`` where no sparse codec does.
+
+    ``ceil(size D / 32) >= count`` is the same as ``D > 32 (count - 1) / size``.
+    """
+    capacity = CAPACITY_UNIT * (counts - 1).clamp(min=0) // sizes + 1
+    capacity = torch.where(capacity > max(CAPACITIES), DENSE, capacity)
+    return torch.where(counts == 0, 0, capacity)
+
+
+def _per_area(parameter: Weighed, kinds: _Kinds) -> tuple[Tensor, Tensor, Tensor]:
+    grid, sensitivity = parameter.grid, parameter.sensitivity
+    assert isinstance(sensitivity, float | int)
     rows_of = []
     for rows, cols in _areas(grid):
         height, width = grid.strip_rows(rows.start), grid.block_cols(cols.start)

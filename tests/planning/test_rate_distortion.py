@@ -13,6 +13,7 @@ from ciuic_hf.planning.priors import prior_sensitivity
 from ciuic_hf.planning.rate_distortion import Weighed, codec_ids_of, plan_blocks
 from ciuic_kernels import BlockGrid, all_codecs, codec_by_id, codec_by_name
 from ciuic_kernels.layout import arena_nbytes
+from ciuic_kernels.packing import decode_tensor, encode_tensor
 
 SHAPES = st.one_of(
     st.tuples(st.integers(30, 300), st.integers(30, 400)),
@@ -105,3 +106,71 @@ def test_priors_go_by_kind_and_place() -> None:
     assert prior["model.layers.2.mlp.down_proj.weight"] > prior["model.layers.1.mlp.down_proj.weight"]
     assert prior["unheard.of"] == 64 * 64
     assert prior["model.layers.1.mlp.experts.down_proj"] < 4 * prior["unheard.of"]
+
+
+def pruned(shape: tuple[int, ...], zeros: float, seed: int = 0) -> torch.Tensor:
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return weights.where(weights.abs() > weights.abs().flatten().quantile(zeros), 0.0)
+
+
+def nonzeros_of(weights: torch.Tensor) -> torch.Tensor:
+    """int32 ``[strips, kblocks]``, by a loop."""
+    strips = [strip.split(128, dim=1) for strip in weights.split(64)]
+    return torch.tensor([[int(block.count_nonzero()) for block in row] for row in strips], dtype=torch.int32)
+
+
+def relative_error(weights: torch.Tensor, ids: torch.Tensor) -> float:
+    decoded = decode_tensor(encode_tensor(weights, ids))
+    return float((decoded - weights).double().square().sum() / weights.double().square().sum())
+
+
+@pytest.mark.parametrize("zeros", [0.7, 0.8, 0.9])
+def test_a_pruned_weight_is_smaller_than_any_dense_codec_makes_it_at_the_same_error(zeros: float) -> None:
+    weights = pruned((512, 1000), zeros)
+    for codec in ("grid3_g64", "grid4_g32", "grid5_g64"):
+        dense = torch.full((8, 8), codec_by_name(codec).id, dtype=torch.uint8)
+        nbytes = arena_nbytes(dense, BlockGrid((512, 1000)))
+        parameter = Weighed("w", (512, 1000), 1.0, nonzeros_of(weights))
+        plan = plan_blocks([parameter], round(0.75 * nbytes))
+        ids = codec_ids_of(parameter, plan.chosen["w"])
+        assert relative_error(weights, ids) < relative_error(weights, dense)
+
+
+@settings(max_examples=30)
+@given(SHAPES.filter(lambda shape: len(shape) == 2), st.floats(0, 1), st.integers(0, 100), st.floats(1.4, 6))
+def test_no_weight_is_dropped_that_is_not_zero(
+    shape: tuple[int, ...], zeros: float, seed: int, bits: float
+) -> None:
+    """Whatever the density of a block, and blocks of zeros become ``zero``."""
+    weights = pruned(shape, zeros, seed) if zeros < 1 else torch.zeros(shape)
+    weights[:64, :128] = 0.0
+    parameter = Weighed("w", shape, 1.0, nonzeros_of(weights))
+    budget = int(bits * weights.numel() / 8) + 300
+    try:
+        plan = plan_blocks([parameter], budget)
+    except CiuicError:
+        assert bits < 3.5
+        return
+    ids = codec_ids_of(parameter, plan.chosen["w"])
+    assert codec_by_id(int(ids[0, 0])).name == "zero"
+    assert arena_nbytes(ids, parameter.grid) + parameter.grid.tags_nbytes == plan.nbytes <= budget
+    assert relative_error(weights, ids) < 0.25 if bool(weights.any()) else plan.nbytes < 300
+
+
+def test_counts_of_dense_weights_change_nothing() -> None:
+    shape, sensitivity = (300, 700), with_blocks((300, 700), 3)
+    weights = torch.randn(shape)
+    plain, counted = (Weighed("w", shape, sensitivity, counts) for counts in (None, nonzeros_of(weights)))
+    ids = [codec_ids_of(p, plan_blocks([p], 100_000).chosen["w"]) for p in (plain, counted)]
+    assert torch.equal(*ids)
+
+
+def test_what_was_pruned_takes_less_of_a_shared_budget() -> None:
+    shapes = {"dense": (512, 512), "pruned": (512, 512)}
+    parameters = [
+        Weighed(name, shape, 1.0, nonzeros_of(pruned(shape, 0.8 if name == "pruned" else 0.0)))
+        for name, shape in shapes.items()
+    ]
+    plan = plan_blocks(parameters, 4 * 512 * 512 * 2 // 8)
+    nbytes = {p.name: arena_nbytes(codec_ids_of(p, plan.chosen[p.name]), p.grid) for p in parameters}
+    assert nbytes["pruned"] < 0.8 * nbytes["dense"]
