@@ -63,6 +63,20 @@ def measure_blocks(matrix: Tensor, sparse_threshold: float = 0.0) -> BlockStatis
     return BlockStatistics(grid, torch.cat(counts), torch.cat(energies))
 
 
+def nonzeros_of(weight: Tensor) -> Tensor | None:
+    """Weights of each block that are not zero, int32 ``[..., strips, kblocks]``; None where no block was pruned.
+
+    Args:
+        weight: ``[N, K]`` or ``[E, N, K]``.
+    """
+    matrices = weight.flatten(0, -3) if weight.dim() > 2 else weight[None]
+    measured = [measure_blocks(matrix) for matrix in matrices]
+    if all(bool((m.nonzeros * CAPACITY_UNIT > m.sizes * max(CAPACITIES)).all()) for m in measured):
+        return None
+    counts = torch.stack([m.nonzeros.to(torch.int32) for m in measured])
+    return counts.view(BlockGrid(tuple(weight.shape)).tags_shape[:-1])
+
+
 def filled(statistics: BlockStatistics, name: str) -> Tensor:
     """One codec for all blocks that need it: uint8 ``[strips, kblocks]``.
 

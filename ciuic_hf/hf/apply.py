@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,13 +13,20 @@ from transformers.core_model_loading import PrefixChange, WeightConverter
 
 from ciuic_hf.config import CompressionIntent, Setting
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.hf.choosing import describe, kept_in_float32
+from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer, leave_bias, tie_tags
 from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.memory import PeakMemory
-from ciuic_hf.modules.apply import Outcome, compress_in_place, tied_parameters
+from ciuic_hf.modules.apply import (
+    Outcome,
+    choose_for_module,
+    compress_in_place,
+    count_pruned,
+    tied_parameters,
+)
 from ciuic_hf.modules.reporting import report_of
+from ciuic_hf.modules.targets import Kept, Target
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -37,8 +46,7 @@ def apply_ciuic_compression(
 
     Returns:
         the model, with ``model.ciuic_report``. A transformers model then saves, loads and dequantizes like one that
-        ``from_pretrained`` compressed, with the same bytes as its ``policy="uniform"``. Compressed weights are not
-        trained; LoRA is.
+        ``from_pretrained`` compressed, with the same bytes. Compressed weights are not trained; LoRA is.
 
     Raises:
         CiuicError: for bad settings, and a model that is compressed already, quantized in another way, offloaded,
@@ -47,9 +55,11 @@ def apply_ciuic_compression(
     config = _as_config(compression_config, bits)
     measured, started = PeakMemory(), time.perf_counter()
     is_transformers = _is_pretrained(model)
+    if not is_transformers:
+        _refuse_files(config)
+    choose = partial(_choose_for_transformers if is_transformers else _choose_for_any, model, config)
     with measured:
-        keep = kept_in_float32(model) if is_transformers else ()
-        outcome = compress_in_place(model, config.intent, keep)
+        outcome = compress_in_place(model, choose)
     if is_transformers:
         report = build_report(model, _attach(model, config, outcome), outcome.errors)
     else:
@@ -64,18 +74,35 @@ def apply_ciuic_compression(
 
 
 def _as_config(given: Mapping[str, Setting] | CiuicConfig | None, bits: float | None) -> CiuicConfig:
-    """The uniform plan: it needs to know neither the model's files nor how much its blocks matter."""
     if not isinstance(given, CiuicConfig):
-        asked = CompressionIntent.bits if bits is None else bits
-        return CiuicConfig(bits=asked, modules=given, policy="uniform")
+        return CiuicConfig(bits=CompressionIntent.bits if bits is None else bits, modules=given)
     if bits is not None:
         raise CiuicError(f"bits are in the CiuicConfig already ({given.bits}); give them once.")
+    return copy.deepcopy(given)  # one CiuicConfig can serve many models
+
+
+def _refuse_files(config: CiuicConfig) -> None:
     for option in ("memory", "plan", "sensitivity"):
-        if getattr(given, option) is not None:
+        if getattr(config, option) is not None:
             raise CiuicError(
-                f"{option} works while a model loads; pass the CiuicConfig to from_pretrained, or give bits."
+                f"{option} is for models of transformers, whose config says what they are; give bits."
             )
-    return CiuicConfig(bits=given.bits, modules=given.modules, policy="uniform")
+
+
+def _choose_for_any(
+    model: nn.Module, config: CiuicConfig, ties: Mapping[str, str]
+) -> tuple[list[Target], list[Kept]]:
+    return choose_for_module(model, config.intent, config.policy, ties)
+
+
+def _choose_for_transformers(
+    model: Any, config: CiuicConfig, ties: Mapping[str, str]
+) -> tuple[list[Target], list[Kept]]:
+    """As from_pretrained does."""
+    choice = choose(model, config, model.dtype, survey=partial(count_pruned, model), ties=ties)
+    if config.memory is not None or config.plan is not None:
+        config.bits = choice.bits  # what config.json will say was asked for
+    return choice.targets, choice.kept
 
 
 def _is_pretrained(model: nn.Module) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ciuic_hf.config import MAX_BITS, MIN_BITS
 from ciuic_hf.errors import CiuicError
@@ -21,6 +22,9 @@ from ciuic_hf.report import human_bytes
 from ciuic_kernels import BlockGrid, codec_by_name
 from ciuic_kernels.format import ceil_div
 from ciuic_kernels.work import work_nbytes
+
+Survey = Callable[[Sequence[Target]], Mapping[str, Tensor]]
+"""Looks at the weights of some targets: name -> what ``allocate_targets`` takes as ``nonzeros``."""
 
 OFFSET_NBYTES = 8  # of a strip, derived at load
 
@@ -74,21 +78,25 @@ def choose(
     dtype: torch.dtype | None = None,
     context: int | None = None,
     batch: int = 1,
+    survey: Survey = lambda _targets: {},
+    ties: Mapping[str, str] | None = None,
 ) -> Choice:
     """Decide the codec of every block.
 
     Args:
-        model: on the meta device.
+        model: its weights are not looked at, they may be on the meta device.
         dtype: that the model will compute in.
         context, batch: what generation is counted for where the config does not say.
+        survey: finds pruned weights among those chosen by importance; by default none are.
+        ties: as ``find_targets`` takes them.
 
     Raises:
         CiuicError: for settings, sensitivities or a plan that do not fit the model, or a budget that is too small.
     """
     in_float32 = kept_in_float32(model)
-    targets, kept = find_targets(model, config.intent, in_float32)
-    tied = frozenset(set(getattr(model, "all_tied_weights_keys", None) or {}) & {t.name for t in targets})
+    targets, kept = find_targets(model, config.intent, in_float32, ties)
     names = {t.name for t in targets}
+    tied = frozenset(names & set(getattr(model, "all_tied_weights_keys", {}) if ties is None else ties))
     kept_nbytes = sum(
         p.numel() * (4 if any(part in name for part in in_float32) else p.element_size())
         for name, p in [*model.named_parameters(), *model.named_buffers()]
@@ -108,7 +116,8 @@ def choose(
         return choice
     measured = Sensitivity.load(config.sensitivity) if config.sensitivity else None
     budget = None if config.memory is None else _room(choice, config, text, element)
-    allocated, error = allocate_targets(targets, config.intent, measured, budget)
+    nonzeros = survey([t for t in targets if is_pooled(t, config.intent)])
+    allocated, error = allocate_targets(targets, config.intent, measured, budget, nonzeros)
     return replace(choice, targets=allocated, error=error)
 
 

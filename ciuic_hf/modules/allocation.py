@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -28,6 +28,7 @@ def allocate_targets(
     intent: CompressionIntent,
     measured: Sensitivity | None = None,
     budget: int | None = None,
+    nonzeros: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Target], float | None]:
     """The same targets with codecs by importance, and the predicted KL in nats per token of those, if measured.
 
@@ -38,6 +39,8 @@ def allocate_targets(
         targets: with the codecs of the uniform plan.
         measured: how much each block matters; without it the kind of each weight decides.
         budget: bytes for the weights that no key of ``modules`` decides for, in place of ``intent.bits``.
+        nonzeros: parameter name -> weights of each block that are not zero, int32 ``[..., strips, kblocks]``, of
+            those that were pruned.
 
     Raises:
         CiuicError: when ``measured`` belongs to another model, or a setting is below the smallest plan.
@@ -54,7 +57,7 @@ def allocate_targets(
         bits = intent.setting(pool[0].name, pool[0].role)
         assert isinstance(bits, float)
         nbytes = sum(int(bits * BlockGrid(t.shape).numel / 8) for t in pool)
-        weighed = _weigh(pool, measured)
+        weighed = _weigh(pool, measured, nonzeros or {})
         plan = plan_blocks(weighed, nbytes if key is not None or budget is None else budget)
         chosen |= {p.name: codec_ids_of(p, plan.chosen[p.name]) for p in weighed}
         error += plan.error
@@ -62,8 +65,7 @@ def allocate_targets(
     return allocated, error if measured is not None else None
 
 
-def _weigh(pool: list[Target], measured: Sensitivity | None) -> list[Weighed]:
-    if measured is not None:
-        return [Weighed(t.name, t.shape, measured.blocks[t.name]) for t in pool]
-    prior = prior_sensitivity({t.name: t.shape for t in pool})
-    return [Weighed(t.name, t.shape, prior[t.name]) for t in pool]
+def _weigh(pool: list[Target], measured: Sensitivity | None, nonzeros: Mapping[str, Tensor]) -> list[Weighed]:
+    weight: Mapping[str, float | Tensor]
+    weight = measured.blocks if measured is not None else prior_sensitivity({t.name: t.shape for t in pool})
+    return [Weighed(t.name, t.shape, weight[t.name], nonzeros.get(t.name)) for t in pool]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
+from ciuic_hf.compressor.blocks import nonzeros_of
 from ciuic_hf.config import CompressionIntent
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.memory import release_freed_memory
+from ciuic_hf.modules.allocation import allocate_targets, is_pooled
 from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_hf.modules.swap import adopt_module, compressed_modules
 from ciuic_hf.modules.targets import Kept, Target, find_targets
@@ -39,9 +41,11 @@ class Outcome:
     errors: dict[str, float]
 
 
-def compress_in_place(
-    model: nn.Module, intent: CompressionIntent, keep_patterns: Iterable[str] = ()
-) -> Outcome:
+Choose = Callable[[Mapping[str, str]], tuple[list[Target], list[Kept]]]
+"""Given the ties (name -> first name of the same parameter): what becomes of each weight."""
+
+
+def compress_in_place(model: nn.Module, choose: Choose) -> Outcome:
     """Compress a model that is in memory: above it, only one parameter is held twice.
 
     Everything is checked before the first weight changes. Tied weights stay tied. Compressed weights get no
@@ -53,7 +57,7 @@ def compress_in_place(
     """
     _refuse(model)
     ties = tied_parameters(model)
-    targets, kept = find_targets(model, intent, keep_patterns, ties)
+    targets, kept = choose(ties)
     if not targets:
         reasons = sorted({k.reason for k in kept})
         raise CiuicError(
@@ -69,6 +73,23 @@ def compress_in_place(
     for name, group in by_module.items():
         errors |= _compress_module(model, name, group, ties)
     return Outcome(targets, kept, errors)
+
+
+def choose_for_module(
+    model: nn.Module, intent: CompressionIntent, policy: str, ties: Mapping[str, str]
+) -> tuple[list[Target], list[Kept]]:
+    """What becomes of the weights of any module, by a policy of ``CiuicConfig``."""
+    targets, kept = find_targets(model, intent, (), ties)
+    if policy == "rate-distortion":
+        pooled = [t for t in targets if is_pooled(t, intent)]
+        targets, _ = allocate_targets(targets, intent, nonzeros=count_pruned(model, pooled))
+    return targets, kept
+
+
+def count_pruned(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
+    """The counts of those weights of a loaded model that have blocks worth storing sparsely; see ``nonzeros_of``."""
+    counts = {t.name: nonzeros_of(model.get_parameter(t.name).detach()) for t in targets}
+    return {name: nonzeros for name, nonzeros in counts.items() if nonzeros is not None}
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:

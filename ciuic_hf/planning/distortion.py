@@ -27,7 +27,7 @@ DENSE = CAPACITY_UNIT
 """Nonzero 32nds of a block to which no sparse codec applies."""
 
 _ROWS, _COLS = 1024, 1024
-_SPARSE_ROWS, _SPARSE_COLS = 256, 512
+_SPARSE_ROWS, _SPARSE_COLS = 128, 256
 
 
 def menu_of(nonzero: int) -> list[str]:

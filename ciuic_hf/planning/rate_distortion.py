@@ -92,10 +92,9 @@ def plan_blocks(parameters: Sequence[Weighed], budget: int) -> RateDistortionPla
             'policy="uniform", which drops some.'
         )
     found = allocate(units, budget - tags)
+    low, high = (ids[units.kind, column] for column in (found.low, found.high))
     chosen = {
-        p.name: Chosen(
-            *(ids[units.kind[span], column[span]] for column in (found.low, found.high)), found.upgraded[span]
-        )
+        p.name: Chosen(low[span], high[span], found.upgraded[span])
         for p, span in zip(parameters, spans, strict=True)
     }
     return RateDistortionPlan(chosen, found.nbytes + tags, found.error)

@@ -40,9 +40,7 @@ def test_the_files_are_those_of_from_pretrained(
     tmp_path: Path,
 ) -> None:
     model = applied(family)
-    loaded = type(model).from_pretrained(
-        checkpoint(family), quantization_config=CiuicConfig(modules=ARTICLE, policy="uniform")
-    )
+    loaded = type(model).from_pretrained(checkpoint(family), quantization_config=CiuicConfig(modules=ARTICLE))
     assert torch.equal(model(ids).logits, loaded(ids).logits)
     assert [vars(p) for p in model.ciuic_report.compressed] == [
         vars(p) for p in loaded.ciuic_report.compressed

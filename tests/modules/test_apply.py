@@ -300,3 +300,20 @@ def test_one_sentence_and_nothing_half_done(case: str, toy: Callable[..., Toy]) 
         assert unchanged(model, before)
     elif case != "no module":
         assert next(compressed_modules(model), None) is None
+
+
+def test_a_pruned_model_keeps_more_of_itself_in_the_same_bytes(toy: Callable[..., Toy]) -> None:
+    """By default; the uniform policy looks at no weights."""
+    errors = {}
+    for policy in ("rate-distortion", "uniform"):
+        model = toy(tied=False)
+        with torch.no_grad():
+            for weight in (model.attention.weight, model.mlp[0].weight, model.experts.gate_up_proj):
+                weight[weight.abs() < weight.abs().flatten().quantile(0.85)] = 0.0
+        before = model.experts.gate_up_proj.detach().clone()
+        apply_ciuic_compression(model, CiuicConfig(bits=3.5, policy=policy))
+        decoded = model.experts.dequantize("gate_up_proj")
+        errors[policy] = float((decoded - before).norm() / before.norm())
+        codecs = {c for p in model.ciuic_report.compressed for c in p.codecs}
+        assert any(name.startswith("sparse") for name in codecs) == (policy == "rate-distortion")
+    assert errors["rate-distortion"] < 0.3 * errors["uniform"]
