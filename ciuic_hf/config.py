@@ -20,7 +20,7 @@ from ciuic_kernels.format import ceil_div
 ROLES = ("linear", "attention", "mlp", "shared_experts", "experts", "embeddings", "lm_head")
 LINEAR_ROLES = ("linear", "attention", "mlp", "shared_experts")
 MIN_BITS, MAX_BITS = 1.0, 16.0
-POLICIES = ("rate-distortion", "uniform")
+POLICIES = ("rate-distortion", "uniform", "adaptive")
 TABLE_BITS = 8.0  # embeddings and lm_head unless told: the cheapest quality in a model (docs/adr/002)
 RAW, ADAPTIVE = "raw", "adaptive"
 QUANT = {f"quant{width}": f"grid{width}_g32" for width in PLANES}
@@ -75,8 +75,6 @@ def _sparse_codec(percent: int, where: str) -> str:
 
 def check_policy(policy: object) -> str:
     """The name of a policy, or CiuicError."""
-    if policy == "adaptive":
-        raise CiuicError('policy="adaptive" is not in this release; use "rate-distortion" or "uniform".')
     if policy not in POLICIES:
         raise CiuicError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}.")
     return str(policy)

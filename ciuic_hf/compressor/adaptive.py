@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ciuic_hf.compressor.blocks import filled, measure_blocks
+from ciuic_hf.compressor.blocks import filled, nonzeros_of
 from ciuic_hf.compressor.compressed import CompressedTensor
 from ciuic_hf.compressor.compressor import BLOCK_DTYPES, CiuicCompressor, Source, as_torch
+from ciuic_kernels import BlockGrid, codec_by_name
 
 SPARSE_ABOVE, NARROW_BELOW = 0.8, 0.1
 NARROW_BITS, WIDE_BITS = 4, 8
@@ -47,6 +48,16 @@ def adaptive_codecs(weight: Tensor) -> Tensor:
     mean beside its blocks, and a grid around zero would lose a narrow spread at 4 bits (docs/tensors.md), so that
     rule is not applied to weights of models.
     """
-    if weight.dim() == 3:
-        return torch.stack([adaptive_codecs(matrix) for matrix in weight])
-    return filled(measure_blocks(weight), f"grid{WIDE_BITS}_g32")
+    return adaptive_codecs_for(tuple(weight.shape), nonzeros_of(weight))
+
+
+def adaptive_codecs_for(shape: tuple[int, ...], nonzeros: Tensor | None) -> Tensor:
+    """The same from the count of every block (``nonzeros_of``)."""
+    grid, dense = BlockGrid(shape), f"grid{WIDE_BITS}_g32"
+    if nonzeros is None:
+        return torch.full(grid.tags_shape[:-1], codec_by_name(dense).id, dtype=torch.uint8)
+    ids = [
+        filled(counts, BlockGrid(shape[-2:]), dense)
+        for counts in nonzeros.view(-1, grid.strips, grid.kblocks)
+    ]
+    return torch.stack(ids).view(grid.tags_shape[:-1])

@@ -37,10 +37,19 @@ class BlockStatistics:
 
     @property
     def sizes(self) -> Tensor:
-        """int64 ``[strips, kblocks]``: weights of each block."""
-        rows = torch.tensor([self.grid.strip_rows(strip) for strip in range(self.grid.strips)])
-        cols = torch.tensor([self.grid.block_cols(kblock) for kblock in range(self.grid.kblocks)])
-        return rows[:, None] * cols
+        return block_sizes(self.grid)
+
+
+def block_sizes(grid: BlockGrid) -> Tensor:
+    """int64 ``[strips, kblocks]``: weights of each block of a matrix."""
+    rows = torch.tensor([grid.strip_rows(strip) for strip in range(grid.strips)])
+    cols = torch.tensor([grid.block_cols(kblock) for kblock in range(grid.kblocks)])
+    return rows[:, None] * cols
+
+
+def any_pruned(nonzeros: Tensor, grid: BlockGrid) -> bool:
+    """Whether a sparse codec would hold any block, given the counts ``[..., strips, kblocks]``."""
+    return bool((nonzeros * CAPACITY_UNIT <= block_sizes(grid) * max(CAPACITIES)).any())
 
 
 def measure_blocks(matrix: Tensor, sparse_threshold: float = 0.0) -> BlockStatistics:
@@ -70,29 +79,27 @@ def nonzeros_of(weight: Tensor) -> Tensor | None:
         weight: ``[N, K]`` or ``[E, N, K]``.
     """
     matrices = weight.flatten(0, -3) if weight.dim() > 2 else weight[None]
-    measured = [measure_blocks(matrix) for matrix in matrices]
-    if all(bool((m.nonzeros * CAPACITY_UNIT > m.sizes * max(CAPACITIES)).all()) for m in measured):
-        return None
-    counts = torch.stack([m.nonzeros.to(torch.int32) for m in measured])
-    return counts.view(BlockGrid(tuple(weight.shape)).tags_shape[:-1])
+    counts = torch.stack([measure_blocks(matrix).nonzeros.to(torch.int32) for matrix in matrices])
+    grid = BlockGrid(tuple(weight.shape))
+    return counts.view(grid.tags_shape[:-1]) if any_pruned(counts, grid) else None
 
 
-def filled(statistics: BlockStatistics, name: str) -> Tensor:
-    """One codec for all blocks that need it: uint8 ``[strips, kblocks]``.
+def filled(nonzeros: Tensor, grid: BlockGrid, name: str) -> Tensor:
+    """One codec for all blocks of a matrix that need it: uint8 ``[strips, kblocks]``.
 
     Blocks without weights get ``zero``, and blocks with few the sparse codec of the same width that holds them all,
     where it is smaller (8 bits in place of raw codecs).
     """
     codec = codec_by_name(name)
-    ids = torch.full(tuple(statistics.nonzeros.shape), codec.id, dtype=torch.uint8)
+    ids = torch.full(tuple(nonzeros.shape), codec.id, dtype=torch.uint8)
     width = codec.width if isinstance(codec, GridCodec) else max(PLANES)
-    few = statistics.nonzeros * CAPACITY_UNIT <= statistics.sizes * max(CAPACITIES)
+    few = nonzeros * CAPACITY_UNIT <= block_sizes(grid) * max(CAPACITIES)
     for strip, kblock in few.nonzero().tolist():
-        rows, cols = statistics.grid.strip_rows(strip), statistics.grid.block_cols(kblock)
-        sparse = sparse_codec_for(int(statistics.nonzeros[strip, kblock]), rows, cols, width)
+        rows, cols = grid.strip_rows(strip), grid.block_cols(kblock)
+        sparse = sparse_codec_for(int(nonzeros[strip, kblock]), rows, cols, width)
         if sparse and sparse.record_nbytes(rows, cols) < codec.record_nbytes(rows, cols):
             ids[strip, kblock] = sparse.id
-    ids[statistics.nonzeros == 0] = ZERO.id
+    ids[nonzeros == 0] = ZERO.id
     return ids
 
 
@@ -107,7 +114,7 @@ def within_budget(statistics: BlockStatistics, budget: int, raw: str) -> Tensor:
     """
     grid = statistics.grid
     budget -= grid.tags_nbytes
-    rungs = [filled(statistics, name) for name in (ZERO.name, *GRID_LADDER, raw)]
+    rungs = [filled(statistics.nonzeros, grid, name) for name in (ZERO.name, *GRID_LADDER, raw)]
     sizes = [block_nbytes(ids, grid)[0] for ids in rungs]
     best = max(i for i, nbytes in enumerate(sizes) if i == 0 or int(nbytes.sum()) <= budget)
     if best == len(rungs) - 1:

@@ -83,7 +83,9 @@ class CiuicCompressor:
         """
         if isinstance(bits, bool) or bits not in PLANES:
             raise CiuicError(f"A grid has {', '.join(map(str, PLANES))} bits, got {bits!r}.")
-        return self._compress(tensor, lambda statistics: filled(statistics, f"grid{bits}_g32"))
+        return self._compress(
+            tensor, lambda statistics: filled(statistics.nonzeros, statistics.grid, f"grid{bits}_g32")
+        )
 
     def compress_sparse(self, tensor: Source) -> CompressedTensor:
         """8 bits for everything that is not zero, and one bit a weight to say what is zero; nothing for empty blocks.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
-from ciuic_hf.config import CompressionIntent, Setting
+from ciuic_hf.config import ADAPTIVE, CompressionIntent, Setting
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import CiuicConfig
@@ -100,7 +100,7 @@ def _choose_for_transformers(
 ) -> tuple[list[Target], list[Kept]]:
     """As from_pretrained does."""
     choice = choose(model, config, model.dtype, survey=partial(count_pruned, model), ties=ties)
-    if config.memory is not None or config.plan is not None:
+    if config.memory is not None or config.plan is not None or config.policy == ADAPTIVE:
         config.bits = choice.bits  # what config.json will say was asked for
     return choice.targets, choice.kept
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ciuic_hf.config import MAX_BITS, MIN_BITS
+from ciuic_hf.config import ADAPTIVE, MAX_BITS, MIN_BITS
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.config import CiuicConfig
-from ciuic_hf.modules.allocation import TABLES, allocate_targets, is_pooled
+from ciuic_hf.modules.allocation import TABLES, Survey, adapt_targets, allocate_targets, is_pooled
 from ciuic_hf.modules.targets import Kept, Target, find_targets
 from ciuic_hf.planning.memory import Footprint, footprint, largest_fitting
 from ciuic_hf.planning.plan import ModelPlan
@@ -22,9 +22,6 @@ from ciuic_hf.report import human_bytes
 from ciuic_kernels import BlockGrid, codec_by_name
 from ciuic_kernels.format import ceil_div
 from ciuic_kernels.work import work_nbytes
-
-Survey = Callable[[Sequence[Target]], Mapping[str, Tensor]]
-"""Looks at the weights of some targets: name -> what ``allocate_targets`` takes as ``nonzeros``."""
 
 OFFSET_NBYTES = 8  # of a strip, derived at load
 
@@ -78,7 +75,7 @@ def choose(
     dtype: torch.dtype | None = None,
     context: int | None = None,
     batch: int = 1,
-    survey: Survey = lambda _targets: {},
+    survey: Survey | None = None,
     ties: Mapping[str, str] | None = None,
 ) -> Choice:
     """Decide the codec of every block.
@@ -87,14 +84,16 @@ def choose(
         model: its weights are not looked at, they may be on the meta device.
         dtype: that the model will compute in.
         context, batch: what generation is counted for where the config does not say.
-        survey: finds pruned weights among those chosen by importance; by default none are.
+        survey: looks at the weights, to find those that were pruned; by default none were.
         ties: as ``find_targets`` takes them.
 
     Raises:
-        CiuicError: for settings, sensitivities or a plan that do not fit the model, or a budget that is too small.
+        CiuicError: for settings, sensitivities or a plan that do not fit the model, a budget that is too small, or
+            ``adaptive`` without a survey.
     """
     in_float32 = kept_in_float32(model)
     targets, kept = find_targets(model, config.intent, in_float32, ties)
+    targets = adapt_targets(targets, survey or _blind)
     names = {t.name for t in targets}
     tied = frozenset(names & set(getattr(model, "all_tied_weights_keys", {}) if ties is None else ties))
     kept_nbytes = sum(
@@ -116,9 +115,15 @@ def choose(
         return choice
     measured = Sensitivity.load(config.sensitivity) if config.sensitivity else None
     budget = None if config.memory is None else _room(choice, config, text, element)
-    nonzeros = survey([t for t in targets if is_pooled(t, config.intent)])
+    nonzeros = survey([t for t in targets if is_pooled(t, config.intent)], False) if survey else None
     allocated, error = allocate_targets(targets, config.intent, measured, budget, nonzeros)
     return replace(choice, targets=allocated, error=error)
+
+
+def _blind(_targets: Sequence[Target], _thorough: bool) -> Mapping[str, Tensor]:
+    raise CiuicError(
+        f"{ADAPTIVE!r} looks at the weights, and a plan is made without them; leave it out, or load the model with it."
+    )
 
 
 def stored_nbytes(target: Target) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ciuic_hf.config import CompressionIntent, Setting, check_policy
+from ciuic_hf.config import ADAPTIVE, CompressionIntent, Setting, check_policy
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.planning.memory import parse_size
 from ciuic_kernels import FORMAT_VERSION
@@ -47,6 +47,10 @@ def _check_budget(asked_bits: bool, policy: object, plan: object, memory: object
         )
     if policy == "uniform" and (memory is not None or plan is not None):
         raise CiuicError('policy="uniform" goes by bits alone; leave it out to use memory or a plan.')
+    if policy == ADAPTIVE and (asked_bits or memory is not None or plan is not None):
+        raise CiuicError(
+            'policy="adaptive" goes by the weights alone; leave it out to use bits, memory or a plan.'
+        )
 
 
 @register_quantization_config(METHOD)
@@ -61,7 +65,8 @@ class CiuicConfig(QuantizationConfigMixin):
             attention, mlp, shared_experts, experts, linear. The most specific wins. Embeddings and lm_head are
             at 8 bits unless told.
         policy: ``"rate-distortion"`` gives more bits to the blocks that matter more; all weights with the same
-            setting take ``bits`` together. ``"uniform"`` gives each matrix the same.
+            setting take ``bits`` together. ``"uniform"`` gives each matrix the same. ``"adaptive"`` takes no bits:
+            8 everywhere, fewer for blocks with few weights and none for blocks of zeros.
         sensitivity: file that ``ciuic calibrate`` wrote: how much each block matters. Without it the
             rate-distortion policy goes by the kind of each weight (``configs/sensitivity.json``).
         plan: file that ``ciuic plan`` wrote, followed exactly: the codec of every block.
@@ -104,7 +109,7 @@ class CiuicConfig(QuantizationConfigMixin):
                 f"This checkpoint has format version {format_version}, this ciuic_hf reads up to {FORMAT_VERSION}; "
                 "upgrade ciuic-hf."
             )
-        _check_budget(bits is not DEFAULT_BITS, policy, plan, memory, context)
+        _check_budget(bits is not DEFAULT_BITS and not parameters, policy, plan, memory, context)
         intent = CompressionIntent(bits, modules or {})
         self.quant_method = METHOD
         self.format_version = format_version
@@ -123,7 +128,8 @@ class CiuicConfig(QuantizationConfigMixin):
 
     @property
     def intent(self) -> CompressionIntent:
-        return CompressionIntent(self.bits, self.modules)
+        adaptive = {"linear": ADAPTIVE, "experts": ADAPTIVE} if self.policy == ADAPTIVE else {}
+        return CompressionIntent(self.bits, adaptive | self.modules)
 
     @property
     def is_compressed(self) -> bool:

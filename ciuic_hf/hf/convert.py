@@ -13,25 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8
-from ciuic_hf.hf.encoder import Encoder, Part
-from ciuic_hf.modules.packed import PackedModule
+from ciuic_hf.hf.encoder import Part
 from ciuic_kernels.format import BLOCK_ROWS
 from ciuic_kernels.packing import FLOAT_DTYPES
 
 Read = Callable[[], Tensor]
 SCALE_PATTERN, WEIGHT_PATTERN = r"\.weight_scale_inv$", r"\.weight$"
-
-
-def _packed_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    """The logical shape of a compressed parameter, None for one that is kept."""
-    module_name, _, parameter = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    return module.packed_shapes.get(parameter) if isinstance(module, PackedModule) else None
 
 
 class EncodingConverter(WeightConverter):
@@ -65,11 +57,10 @@ class WeightEncoder(EncodingConverter):
             )
         weight: Tensor = reads[WEIGHT_PATTERN][0]()
         scale: Tensor | None = reads[SCALE_PATTERN][0]() if SCALE_PATTERN in reads else None
-        shape = _packed_shape(model, layer_name)
-        if shape is None:
+        encoder = hf_quantizer.encoder(model, layer_name)
+        if encoder is None:
             dtype = hf_quantizer.dtype_of(model, layer_name)
             return {layer_name: _dense(layer_name, weight, scale, self.block, dtype)}
-        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
         encoder.add(0, [(weight, _required(layer_name, weight, scale, self.block))])
         return _with_ties(model, encoder.finish(), loading_info)
 
@@ -96,12 +87,11 @@ class ExpertsEncoder(EncodingConverter):
     ) -> dict[str, Tensor]:
         reads = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
         context = {"full_layer_name": layer_name, "model": model, "config": config}
-        shape = _packed_shape(model, layer_name)
-        if shape is None:
+        encoder = hf_quantizer.encoder(model, layer_name)
+        if encoder is None:
             return {layer_name: self._merged(layer_name, reads, model.get_parameter(layer_name), context)}
-        self._check_counts(layer_name, reads, shape[0])
-        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
-        for index in range(shape[0]):
+        self._check_counts(layer_name, reads, encoder.grid.matrices)
+        for index in range(encoder.grid.matrices):
             parts = self._read(layer_name, reads, index)
             if not self._stacks_strips(parts):
                 parts = [(self._merge(layer_name, parts, context), None)]
@@ -178,13 +168,12 @@ class FusedEncoder(EncodingConverter):
     ) -> dict[str, Tensor]:
         (reads,) = (self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors))
         fused = reads[0]()
-        shape = _packed_shape(model, layer_name)
-        if shape is None:
+        encoder = hf_quantizer.encoder(model, layer_name)
+        if encoder is None:
             return {layer_name: fused.to(model.get_parameter(layer_name).dtype)}
-        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], None)
-        if len(fused) != shape[0]:
+        if len(fused) != encoder.grid.matrices:
             raise CiuicError(
-                f"{layer_name} is {list(shape)} in this model but the checkpoint has {list(fused.shape)}."
+                f"{layer_name} is {list(encoder.grid.shape)} in this model but the checkpoint has {list(fused.shape)}."
             )
         for index, expert in enumerate(fused):
             encoder.add(index, [(expert, None)])
@@ -214,9 +203,8 @@ class ResultEncoder(EncodingConverter):
         for name in list(converted):
             value = converted.pop(name)
             tensor = value[0] if isinstance(value, list) else value
-            shape = _packed_shape(model, name)
-            if shape is not None:
-                encoder = Encoder(name, shape, hf_quantizer.codec_ids[name], None)
+            encoder = hf_quantizer.encoder(model, name)
+            if encoder is not None:
                 for index, matrix in enumerate(tensor if tensor.dim() == 3 else tensor.unsqueeze(0)):
                     encoder.add(index, [(matrix, None)])
                 results |= encoder.finish()

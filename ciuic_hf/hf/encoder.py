@@ -41,13 +41,7 @@ class Encoder:
         Raises:
             CiuicError: for a bad shape, dtype or value.
         """
-        rows = sum(weight.shape[0] for weight, _ in parts)
-        if rows != self.grid.rows or any(weight.shape[1:] != (self.grid.cols,) for weight, _ in parts):
-            found = [list(weight.shape) for weight, _ in parts]
-            raise CiuicError(
-                f"{self.name} is {list(self.grid.shape)} in this model but the checkpoint has "
-                f"{found[0] if len(found) == 1 else found}."
-            )
+        check_shape(self.name, self.grid, parts)
         if self._packed is None:
             ids = self.codec_ids.expand(self.grid.tags_shape[:-1])
             self._packed, self._offsets = allocate(ids, self.grid, parts[0][0].device)
@@ -86,3 +80,14 @@ class Encoder:
         if self.grid.numel > _TRIM_WEIGHTS and self._packed.arena.device.type == "cpu":
             release_freed_memory()
         return {self.name: self._packed.arena, self.name + TAGS: self._packed.tags}
+
+
+def check_shape(name: str, grid: BlockGrid, parts: list[Part]) -> None:
+    """Raise CiuicError unless parts below each other are one matrix of a parameter."""
+    rows = sum(weight.shape[0] for weight, _ in parts)
+    if rows != grid.rows or any(weight.shape[1:] != (grid.cols,) for weight, _ in parts):
+        found = [list(weight.shape) for weight, _ in parts]
+        raise CiuicError(
+            f"{name} is {list(grid.shape)} in this model but the checkpoint has "
+            f"{found[0] if len(found) == 1 else found}."
+        )

@@ -6,6 +6,7 @@ import copy
 import re
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,19 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ciuic_hf.checkpoint import check_files
+from ciuic_hf.checkpoint import TensorHeader, check_files
+from ciuic_hf.config import ADAPTIVE
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8, saving
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
+from ciuic_hf.hf.encoder import Encoder
 from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.hf.stored import check_sizes, fit_names
+from ciuic_hf.hf.survey import survey
 from ciuic_hf.memory import PeakMemory
-from ciuic_hf.modules.packed import TAGS
+from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
 from ciuic_kernels.dispatch import use_triton
 
@@ -74,7 +78,7 @@ class CiuicQuantizer(HfQuantizer):
                     fit_names(model, d) for d in (config.parameters, config.kept)
                 )
             else:
-                self._choose(model, config, dtype)
+                self._choose(model, config, dtype, headers)
         entries = ((name, tuple(e["shape"]), e["arena_nbytes"]) for name, e in config.parameters.items())
         swap_in(model, entries, dtype or torch.get_default_dtype())
         tie_tags(model)
@@ -86,13 +90,15 @@ class CiuicQuantizer(HfQuantizer):
             self._read_as_stored(model)
         self._peak = PeakMemory().start()
 
-    def _choose(self, model: Any, config: CiuicConfig, dtype: torch.dtype | None) -> None:
+    def _choose(
+        self, model: Any, config: CiuicConfig, dtype: torch.dtype | None, headers: list[TensorHeader]
+    ) -> None:
         """Decide what every parameter becomes and write it into the config."""
-        choice = choose(model, config, dtype)
+        choice = choose(model, config, dtype, survey=partial(survey, model, headers, self.fp8_block))
         self.codec_ids = {target.name: target.codec_ids for target in choice.targets}
         config.parameters = describe(choice.targets)
         config.kept = {k.name: k.reason for k in choice.kept}
-        if config.memory is not None or config.plan is not None:
+        if config.memory is not None or config.plan is not None or config.policy == ADAPTIVE:
             config.bits = choice.bits  # what config.json will say was asked for
 
     def _read_as_stored(self, model: Any) -> None:
@@ -111,6 +117,13 @@ class CiuicQuantizer(HfQuantizer):
             return self._dtypes_of_model | plan
 
         model._get_dtype_plan = dtype_plan
+
+    def encoder(self, model: nn.Module, name: str) -> Encoder | None:
+        """What takes the weights of a parameter as they are read, None for one that is kept."""
+        module_name, _, parameter = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        shape = module.packed_shapes.get(parameter) if isinstance(module, PackedModule) else None
+        return None if shape is None else Encoder(name, shape, self.codec_ids[name], self.fp8_block)
 
     def dtype_of(self, model: Any, name: str) -> torch.dtype:
         """The dtype in which the model wants a parameter that is kept."""

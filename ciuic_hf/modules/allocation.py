@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from ciuic_hf.compressor.adaptive import adaptive_codecs_for
 from ciuic_hf.config import CompressionIntent
 from ciuic_hf.modules.targets import Target
 from ciuic_hf.planning.priors import prior_sensitivity
 from ciuic_hf.planning.rate_distortion import Weighed, codec_ids_of, plan_blocks
 from ciuic_hf.planning.sensitivity import Sensitivity
 from ciuic_kernels import BlockGrid
+
+Survey = Callable[[Sequence[Target], bool], Mapping[str, Tensor]]
+"""Counts the weights of each block that are not zero: name -> int32 ``[..., strips, kblocks]``, of those targets that
+have blocks worth storing sparsely. The flag says to count even where a sample shows no zeros."""
 
 TABLES = ("embeddings", "lm_head")
 
@@ -63,6 +68,16 @@ def allocate_targets(
         error += plan.error
     allocated = [replace(t, codec_ids=chosen[t.name]) if t.name in chosen else t for t in targets]
     return allocated, error if measured is not None else None
+
+
+def adapt_targets(targets: Sequence[Target], survey: Survey) -> list[Target]:
+    """The same targets with the codecs of those that are ``adaptive``, by their weights."""
+    adaptive = [t for t in targets if t.adaptive]
+    if not adaptive:
+        return list(targets)
+    nonzeros = survey(adaptive, True)
+    chosen = {t.name: adaptive_codecs_for(t.shape, nonzeros.get(t.name)) for t in adaptive}
+    return [replace(t, codec_ids=chosen.get(t.name, t.codec_ids)) for t in targets]
 
 
 def _weigh(pool: list[Target], measured: Sensitivity | None, nonzeros: Mapping[str, Tensor]) -> list[Weighed]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ciuic_hf.compressor.blocks import nonzeros_of
 from ciuic_hf.config import CompressionIntent
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.memory import release_freed_memory
-from ciuic_hf.modules.allocation import allocate_targets, is_pooled
+from ciuic_hf.modules.allocation import adapt_targets, allocate_targets, is_pooled
 from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_hf.modules.swap import adopt_module, compressed_modules
 from ciuic_hf.modules.targets import Kept, Target, find_targets
@@ -80,14 +81,15 @@ def choose_for_module(
 ) -> tuple[list[Target], list[Kept]]:
     """What becomes of the weights of any module, by a policy of ``CiuicConfig``."""
     targets, kept = find_targets(model, intent, (), ties)
+    targets = adapt_targets(targets, partial(count_pruned, model))
     if policy == "rate-distortion":
         pooled = [t for t in targets if is_pooled(t, intent)]
         targets, _ = allocate_targets(targets, intent, nonzeros=count_pruned(model, pooled))
     return targets, kept
 
 
-def count_pruned(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
-    """The counts of those weights of a loaded model that have blocks worth storing sparsely; see ``nonzeros_of``."""
+def count_pruned(model: nn.Module, targets: Sequence[Target], _thorough: bool = True) -> dict[str, Tensor]:
+    """A ``Survey`` of a loaded model."""
     counts = {t.name: nonzeros_of(model.get_parameter(t.name).detach()) for t in targets}
     return {name: nonzeros for name, nonzeros in counts.items() if nonzeros is not None}
 

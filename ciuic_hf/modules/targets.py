@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ciuic_hf.compressor.adaptive import adaptive_codecs
+from ciuic_hf.compressor.adaptive import adaptive_codecs_for
 from ciuic_hf.config import ADAPTIVE, RAW, CompressionIntent, Setting
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.modules.experts import EXPERT_PARAMETERS, is_fused_experts, unsupported_reason
@@ -25,6 +25,7 @@ class Target:
         role: see ``ciuic_hf.config``.
         shape: ``(N, K)`` or ``(E, N, K)``.
         codec_ids: uint8 ``[strips, kblocks]``, the same for every expert, or ``[E, strips, kblocks]``.
+        adaptive: whether its codecs are to be chosen by its weights.
     """
 
     module_name: str
@@ -32,6 +33,7 @@ class Target:
     role: str
     shape: tuple[int, ...]
     codec_ids: Tensor
+    adaptive: bool = False
 
     @property
     def name(self) -> str:
@@ -90,7 +92,7 @@ def find_targets(
 
     Raises:
         CiuicError: for an unsupported experts layout, a pattern that matches nothing, tied weights that are
-            set to different things, or ``adaptive`` for weights that are not there yet.
+            set to different things. Targets that are ``adaptive`` get the codec of blocks without zeros.
     """
     embeddings, head = (
         getattr(model, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")
@@ -164,26 +166,17 @@ def _reason_of_router(model: nn.Module, name: str, module: nn.Module) -> str:
 
 def _plan(
     name: str, role: str, weight: Tensor, intent: CompressionIntent
-) -> tuple[tuple[int, ...], Tensor] | str:
-    """Shape and codecs of one parameter, or the reason to keep it."""
+) -> tuple[tuple[int, ...], Tensor, bool] | str:
+    """Shape, codecs and ``adaptive`` of one parameter, or the reason to keep it."""
     setting: Setting = intent.setting(name, role)
     if setting == RAW or (isinstance(setting, float) and setting >= 16):
         return f"asked for ({role}: {setting})"
     if setting == ADAPTIVE:
-        return tuple(weight.shape), _adaptive(name, weight)
+        return tuple(weight.shape), adaptive_codecs_for(tuple(weight.shape), None), True
     try:
-        return tuple(weight.shape), codec_ids(tuple(weight.shape[-2:]), setting)
+        return tuple(weight.shape), codec_ids(tuple(weight.shape[-2:]), setting), False
     except CiuicError as error:
         return f"too small ({error})"
-
-
-def _adaptive(name: str, weight: Tensor) -> Tensor:
-    if weight.device.type == "meta":
-        raise CiuicError(
-            f"{ADAPTIVE!r} looks at the weights of {name}, which are not read yet when from_pretrained chooses; load "
-            "the model without CiuicConfig and call apply_ciuic_compression, or give bits or a codec."
-        )
-    return adaptive_codecs(weight.detach())
 
 
 def _other_matrices(name: str, module: nn.Module, seen: set[str]) -> list[Kept]:
@@ -229,6 +222,6 @@ def _settle_ties(
         choice = by_name[name] if "lm_head" in told else by_name[source]
         for other in (name, source):
             old = by_name[other]
-            by_name[other] = Target(old.module_name, old.parameter, old.role, old.shape, choice.codec_ids)
+            by_name[other] = replace(old, codec_ids=choice.codec_ids, adaptive=choice.adaptive)
             targets[targets.index(old)] = by_name[other]
     return targets, kept

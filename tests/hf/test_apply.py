@@ -122,14 +122,3 @@ def test_an_offloaded_model(
     model = load(checkpoint("v3_bf16"), device_map=device_map, offload_folder=tmp_path)
     with pytest.raises(CiuicError, match=r"not in memory .* compress while loading"):
         apply_ciuic_compression(model)
-
-
-def test_adaptive_needs_the_weights(
-    checkpoint: Callable[[str], Path], load: Callable[..., Any], applied: Callable[..., Any], tmp_path: Path
-) -> None:
-    with pytest.raises(CiuicError, match="call apply_ciuic_compression"):
-        load(checkpoint("v3_bf16"), 4.25, {"attention": "adaptive"})
-    model = applied("v3_bf16", {"linear": "adaptive", "experts": "adaptive"})
-    model.save_pretrained(tmp_path / "model")
-    again = load(tmp_path / "model")
-    assert again.ciuic_report.bits_per_weight() == model.ciuic_report.bits_per_weight()

@@ -115,12 +115,13 @@ def test_a_file_of_something_else_is_refused(checkpoint: Callable[[str], Path], 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "best"}, "policy must be one of rate-distortion, uniform, got 'best'"),
-        ({"policy": "adaptive"}, "not in this release"),
+        ({"policy": "best"}, "policy must be one of rate-distortion, uniform, adaptive, got 'best'"),
+        ({"policy": "adaptive", "bits": 4}, "goes by the weights alone"),
+        ({"policy": "adaptive", "memory": "1GB", "context": 9}, "goes by the weights alone"),
         ({"policy": "uniform", "sensitivity": "s.safetensors"}, "sensitivity is for"),
     ],
 )
-def test_bad_options(options: dict[str, str], message: str) -> None:
+def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(CiuicError, match=message):
         CiuicConfig(**options)
 
