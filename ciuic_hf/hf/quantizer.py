@@ -21,6 +21,8 @@ from ciuic_hf.hf import fp8, saving
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
+from ciuic_hf.hf.destination import current_destination
+from ciuic_hf.hf.encoder import Encoder
 from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.hf.stored import check_sizes, fit_names
 from ciuic_hf.memory import PeakMemory
@@ -36,6 +38,7 @@ class CiuicQuantizer(HfQuantizer):
     Attributes:
         codec_ids: parameter name -> uint8 ``[strips, kblocks]``, or ``[E, strips, kblocks]`` where experts differ,
             while a model is being compressed.
+        destination: where converted parameters go.
     """
 
     def __init__(self, quantization_config: CiuicConfig, **kwargs: Any) -> None:
@@ -48,6 +51,7 @@ class CiuicQuantizer(HfQuantizer):
             config.parameters, config.kept = {}, {}
         self.fp8_block = fp8.block_size(source) if source is not None else None
         self.codec_ids: dict[str, Tensor] = {}
+        self.destination = current_destination()
         self._dtypes_of_model: dict[str, torch.dtype] = {}
         self._started = time.perf_counter()
         self._peak: PeakMemory | None = None  # while loading; it holds a lock, which deepcopy refuses
@@ -111,6 +115,10 @@ class CiuicQuantizer(HfQuantizer):
             return self._dtypes_of_model | plan
 
         model._get_dtype_plan = dtype_plan
+
+    def encoder(self, name: str, shape: tuple[int, ...], block: fp8.Block | None) -> Encoder:
+        """What encodes a parameter of this shape to where it belongs."""
+        return self.destination.encoder(name, shape, self.codec_ids[name], block)
 
     def dtype_of(self, model: Any, name: str) -> torch.dtype:
         """The dtype in which the model wants a parameter that is kept."""

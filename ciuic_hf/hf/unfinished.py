@@ -1,0 +1,110 @@
+"""The directory in which a compressed checkpoint grows, and what makes two runs the same work."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors
+import transformers
+from torch import Tensor
+
+from ciuic_hf.checkpoint import checkpoint_files
+from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf.config import CiuicConfig
+from ciuic_hf.hf.saving import replace_directory
+from ciuic_hf.hf.sources import Source
+from ciuic_hf.journal import Journal
+from ciuic_kernels import FORMAT_VERSION
+
+SUFFIX = ".ciuic-unfinished"
+_SETTINGS = ("bits", "modules", "policy", "memory", "context", "batch")
+
+
+def describe_work(
+    origin: Source, config: CiuicConfig, max_shard_size: int | str, codec_ids: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """All that the bytes of the result depend on, as JSON."""
+    read = [origin.directory / "config.json", *checkpoint_files(origin.directory)]
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _SETTINGS}
+    for name in ("plan", "sensitivity"):
+        given = getattr(config, name)
+        settings[name] = _digest(Path(given).read_bytes()) if given is not None else None
+    chosen = hashlib.sha256()
+    for name in sorted(codec_ids):
+        chosen.update(f"{name} {list(codec_ids[name].shape)}".encode())
+        chosen.update(codec_ids[name].contiguous().numpy().tobytes())
+    return {
+        "source": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in read},
+        "settings": settings | {"max_shard_size": max_shard_size},
+        "versions": {
+            "format": FORMAT_VERSION,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "codecs": chosen.hexdigest(),
+    }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class Unfinished:
+    """``<target>.ciuic-unfinished``: the growing checkpoint in ``model`` and the record of what is finished.
+
+    Attributes:
+        target: where the checkpoint appears when it is whole.
+        model: where it is until then.
+    """
+
+    def __init__(self, target: Path, restart: bool) -> None:
+        self.target = target
+        self.directory = target.with_name(target.name + SUFFIX)
+        self.model = self.directory / "model"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.directory / "journal.jsonl")
+        if restart or self.journal.identity is None:
+            shutil.rmtree(self.model, ignore_errors=True)
+            self.journal.forget()
+
+    def check_same(self, plan: dict[str, Any]) -> None:
+        """Raise CiuicError unless the work that was begun here is this one."""
+        begun = self.journal.identity
+        assert begun is not None
+        for part, what in (("source", "files of the source"), ("settings", ""), ("versions", "")):
+            then, now = begun.get(part, {}), plan[part]
+            for key in sorted({*then, *now}):
+                if then.get(key) != now.get(key):
+                    was = (
+                        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+                        if not what
+                        else f"{key} changed"
+                    )
+                    raise CiuicError(
+                        f"{self.directory} was begun with other {what or part}: {was}; repeat what began it, or "
+                        "begin anew with restart."
+                    )
+        if begun.get("codecs") != plan["codecs"]:
+            raise CiuicError(
+                f"{self.directory} was begun with other codecs, by another version of ciuic_hf; begin anew with restart."
+            )
+
+    def publish(self) -> None:
+        """Put the checkpoint under its name; nothing else is left."""
+        replace_directory(self.model, self.target)
+        self.journal.close()
+        shutil.rmtree(self.directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the record; a directory in which nothing was begun goes."""
+        begun = self.journal.identity is not None
+        self.journal.close()
+        if not begun:
+            shutil.rmtree(self.directory, ignore_errors=True)
