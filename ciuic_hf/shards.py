@@ -102,7 +102,9 @@ class ShardFiles:
                 with path.open("rb") as opened:
                     if opened.read(len(header)) == header:
                         continue
-            raise CiuicError(f"{path} of the unfinished work is missing or damaged; begin anew with restart.")
+            raise CiuicError(
+                f"{path} of the unfinished work is missing or damaged; begin anew with --restart (restart=True)."
+            )
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
         for file, header in self.headers.items():
@@ -123,7 +125,8 @@ class ShardFiles:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise CiuicError(
-                f"The disk of {self.directory} is full; free some space and repeat the command, which goes on from here."
+                f"The disk of {self.directory} is full; free some space and repeat the command, which goes on "
+                "where it stopped."
             ) from None
 
     def read(self, name: str) -> Tensor:

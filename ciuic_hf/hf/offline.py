@@ -23,11 +23,13 @@ from ciuic_hf.hf.merge import merge_for_ciuic
 from ciuic_hf.hf.recording import Recording, record_save
 from ciuic_hf.hf.sources import Source, copy_companions, find_source
 from ciuic_hf.hf.streaming import Rehearsal, Streaming
-from ciuic_hf.hf.unfinished import Unfinished, describe_work
+from ciuic_hf.hf.unfinished import Unfinished, describe_work, unfinished_path
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.report import Report
 from ciuic_hf.shards import ShardFiles
+
+__all__ = ["Progress", "compress_checkpoint", "unfinished_path"]
 
 DEFAULT_SHARD_SIZE = "50GB"  # that of save_pretrained
 
@@ -91,6 +93,7 @@ def compress_checkpoint(
                 raise CiuicError(f"Files of {origin.directory} changed while they were read; begin anew.")
             work.publish()
     report: Report = model.ciuic_report
+    report.source = origin.name
     report.did, report.seconds = "Compressed", time.perf_counter() - started
     report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
     return report

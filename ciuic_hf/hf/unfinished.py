@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,20 @@ from ciuic_hf.journal import Journal
 from ciuic_kernels import FORMAT_VERSION
 
 SUFFIX = ".ciuic-unfinished"
-_SETTINGS = ("bits", "modules", "policy", "memory", "context", "batch")
+_NO_SETTINGS = (
+    "quant_method",
+    "format_version",
+    "parameters",
+    "kept",
+    "source_quantization",
+)  # of a CiuicConfig
+_FILES = ("plan", "sensitivity")
+
+
+def unfinished_path(destination: str | Path) -> Path:
+    """Where the work for a destination is until it is finished."""
+    target = Path(destination).resolve()
+    return target.with_name(target.name + SUFFIX)
 
 
 def describe_work(
@@ -29,15 +43,15 @@ def describe_work(
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on, as JSON."""
     read = [origin.directory / "config.json", *checkpoint_files(origin.directory)]
-    settings: dict[str, Any] = {name: getattr(config, name) for name in _SETTINGS}
-    for name in ("plan", "sensitivity"):
-        given = getattr(config, name)
-        settings[name] = _digest(Path(given).read_bytes()) if given is not None else None
+    settings = {name: value for name, value in vars(config).items() if name not in _NO_SETTINGS}
+    for name in _FILES:
+        if settings[name] is not None:  # what counts is what it says
+            settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
     chosen = hashlib.sha256()
     for name in sorted(codec_ids):
         chosen.update(f"{name} {list(codec_ids[name].shape)}".encode())
         chosen.update(codec_ids[name].contiguous().numpy().tobytes())
-    return {
+    work = {
         "source": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in read},
         "settings": settings | {"max_shard_size": max_shard_size},
         "versions": {
@@ -47,10 +61,7 @@ def describe_work(
         },
         "codecs": chosen.hexdigest(),
     }
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return dict(json.loads(json.dumps(work, default=str)))
 
 
 class Unfinished:
@@ -63,7 +74,7 @@ class Unfinished:
 
     def __init__(self, target: Path, restart: bool) -> None:
         self.target = target
-        self.directory = target.with_name(target.name + SUFFIX)
+        self.directory = unfinished_path(target)
         self.model = self.directory / "model"
         self.directory.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.directory / "journal.jsonl")
@@ -75,23 +86,17 @@ class Unfinished:
         """Raise CiuicError unless the work that was begun here is this one."""
         begun = self.journal.identity
         assert begun is not None
-        for part, what in (("source", "files of the source"), ("settings", ""), ("versions", "")):
+        way_out = "repeat the command that began it, or begin anew with --restart (restart=True)."
+        for part, what in (("source", "file"), ("settings", "setting"), ("versions", "version of")):
             then, now = begun.get(part, {}), plan[part]
-            for key in sorted({*then, *now}):
-                if then.get(key) != now.get(key):
-                    was = (
-                        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-                        if not what
-                        else f"{key} changed"
-                    )
-                    raise CiuicError(
-                        f"{self.directory} was begun with other {what or part}: {was}; repeat what began it, or "
-                        "begin anew with restart."
-                    )
+            differing = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+            if differing:
+                was = _change(part, then.get(differing[0]), now.get(differing[0]))
+                raise CiuicError(
+                    f"{self.directory} was begun with another {what} {differing[0]}{was}; {way_out}"
+                )
         if begun.get("codecs") != plan["codecs"]:
-            raise CiuicError(
-                f"{self.directory} was begun with other codecs, by another version of ciuic_hf; begin anew with restart."
-            )
+            raise CiuicError(f"{self.directory} was begun with other codecs; {way_out}")
 
     def publish(self) -> None:
         """Put the checkpoint under its name; nothing else is left."""
@@ -108,3 +113,7 @@ class Unfinished:
         self.journal.close()
         if not begun:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _change(part: str, then: object, now: object) -> str:
+    return "" if part == "source" else f" ({then}, now {now})"
