@@ -8,8 +8,8 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors.torch import save
@@ -77,7 +77,7 @@ class ShardFiles:
 
     def __init__(self, directory: Path, headers: Mapping[str, bytes], slots: Mapping[str, Slot]) -> None:
         self.directory, self.headers, self.slots = directory, headers, slots
-        self._open: tuple[str, BinaryIO] | None = None
+        self._open: tuple[str, FileIO] | None = None
         self._unsynced: set[str] = set()
 
     @property
@@ -114,7 +114,7 @@ class ShardFiles:
     def write(self, name: str, offset: int, part: Tensor) -> None:
         """Write bytes of a tensor from byte ``offset`` of it on. Raises CiuicError when the disk is full."""
         slot = self.slots[name]
-        data = memoryview(part.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         assert offset + len(data) <= slot.nbytes
         opened = self._opened(slot.file)
         opened.seek(slot.start + offset)
@@ -137,11 +137,11 @@ class ShardFiles:
         data = bytearray(opened.read(slot.nbytes))
         return torch.frombuffer(data, dtype=torch.uint8).view(slot.dtype).reshape(slot.shape)
 
-    def _opened(self, file: str) -> BinaryIO:
+    def _opened(self, file: str) -> FileIO:
         """The file; one is open at a time, as there may be more than a process may open."""
         if self._open is None or self._open[0] != file:
             self.close()
-            self._open = file, (self.directory / file).open("r+b", buffering=0)  # type: ignore[assignment]
+            self._open = file, FileIO(self.directory / file, "r+b")
         assert self._open is not None
         self._unsynced.add(file)
         return self._open[1]

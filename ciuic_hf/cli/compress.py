@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ciuic_hf.presets import card_nbytes
 from ciuic_hf.report import human_bytes
 
 INTERRUPTED = 130  # exit status, as shells have it for SIGINT
+LINE_SECONDS = 30  # between two lines where the output is no terminal
 _EPILOG = """The result is what from_pretrained with the same settings and save_pretrained write, byte for byte, and the
 tokenizer's files. Interrupted or killed, the same command goes on where it was."""
 
@@ -129,7 +132,7 @@ def _module_setting(text: str) -> tuple[str, float | str]:
 
 
 class _Bar:
-    """What is shown meanwhile: a bar on a terminal, elsewhere a line for every twentieth."""
+    """What is shown meanwhile: a bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -146,7 +149,7 @@ class _Bar:
         )
         self._task = self._bar.add_task("Reading headers", total=None)
         self._begun = False
-        self._twentieth = -1
+        self._said = time.monotonic()
 
     def __enter__(self) -> _Bar:
         if self._console.is_terminal:
@@ -165,11 +168,13 @@ class _Bar:
                 self._task, description="Compressing", total=progress.nbytes, completed=progress.written
             )
         self._bar.update(self._task, completed=progress.written)
-        twentieth = 20 * progress.written // max(1, progress.nbytes)
-        if not self._console.is_terminal and twentieth > self._twentieth:
-            self._twentieth = twentieth
+        if not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
             left = self._bar.tasks[0].time_remaining
-            self._say(f"{5 * twentieth:3d} %" + (f", {left:.0f} s left" if left else ""))
+            self._say(
+                f"{human_bytes(progress.written)} of {human_bytes(progress.nbytes)}"
+                + (f", {timedelta(seconds=round(left))} left" if left else "")
+            )
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)

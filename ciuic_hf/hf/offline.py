@@ -85,6 +85,8 @@ def compress_checkpoint(
         model = _load(origin, config, rehearsal)
         plan = describe_work(origin, config, max_shard_size, rehearsal.codec_ids)
         with Unfinished(target, restart) as work:
+            if work.is_begun:
+                work.check_same(plan)
             recording = _prepare(model, origin, work, max_shard_size)
             files = ShardFiles(work.model, recording.headers, recording.slots)
             _begin_or_resume(work, plan, files)
@@ -138,12 +140,11 @@ def _prepare(model: Any, origin: Source, work: Unfinished, max_shard_size: int |
 
 def _begin_or_resume(work: Unfinished, plan: dict[str, Any], files: ShardFiles) -> None:
     """Make the files, or check those of an earlier run."""
-    if work.journal.identity is not None:
-        work.check_same(plan)
+    if work.is_begun:
         files.check()
     missing = sum(slot.nbytes for name, slot in files.slots.items() if name not in work.journal.done)
     saving.check_space(missing + saving.MARGIN_NBYTES, work.target)
-    if work.journal.identity is None:
+    if not work.is_begun:
         files.create()
         work.journal.begin(plan)
 

@@ -51,7 +51,7 @@ def record_save(model: Any, directory: Path, max_shard_size: int | str) -> Recor
             if tensor.device.type != "meta":
                 recording.real_names.add(stored)
 
-    original = PreTrainedModel.save_pretrained.__wrapped__  # type: ignore[attr-defined]
+    original = PreTrainedModel.save_pretrained.__wrapped__
     with _shards_recorded(directory, record):
         original(model, directory, max_shard_size=max_shard_size)
     return recording

@@ -78,9 +78,14 @@ class Unfinished:
         self.model = self.directory / "model"
         self.directory.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.directory / "journal.jsonl")
-        if restart or self.journal.identity is None:
+        if restart or not self.is_begun:
             shutil.rmtree(self.model, ignore_errors=True)
             self.journal.forget()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether an earlier run, or this one, has made the files."""
+        return self.journal.identity is not None
 
     def check_same(self, plan: dict[str, Any]) -> None:
         """Raise CiuicError unless the work that was begun here is this one."""
@@ -109,9 +114,8 @@ class Unfinished:
 
     def __exit__(self, *_: object) -> None:
         """Close the record; a directory in which nothing was begun goes."""
-        begun = self.journal.identity is not None
         self.journal.close()
-        if not begun:
+        if not self.is_begun:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
