@@ -157,7 +157,8 @@ class _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def show(self, progress: Any) -> None:
         """Callback of ``compress_checkpoint``."""

@@ -7,6 +7,7 @@ stopped goes on where it was.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from ciuic_hf.shards import ShardFiles
 __all__ = ["Progress", "compress_checkpoint", "unfinished_path"]
 
 DEFAULT_SHARD_SIZE = "50GB"  # that of save_pretrained
+_SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*[KMGT]B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def compress_checkpoint(
             small, or unfinished work of other settings or another source.
     """
     started, target = time.perf_counter(), Path(destination).resolve()
+    _check_shard_size(max_shard_size)
     origin = find_source(source)
     _check_source(origin)
     _check_target(target, origin)
@@ -99,6 +102,19 @@ def compress_checkpoint(
     report.did, report.seconds = "Compressed", time.perf_counter() - started
     report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
     return report
+
+
+def _check_shard_size(size: int | str) -> None:
+    """Raise CiuicError for a size that transformers does not read."""
+    if isinstance(size, str):
+        match = _SHARD_SIZE.fullmatch(size)
+        valid = match is not None and float(match[1]) > 0
+    else:
+        valid = size > 0
+    if not valid:
+        raise CiuicError(
+            f"max_shard_size must be a size such as 50GB (KB, MB, GB, TB) or bytes, got {size!r}."
+        )
 
 
 def _check_source(origin: Source) -> None:

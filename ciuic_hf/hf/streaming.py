@@ -26,7 +26,7 @@ from ciuic_kernels.layout import arena_nbytes, planned_offsets
 from ciuic_kernels.packing import allocate, encode_matrix
 
 PIECE_WEIGHTS = 1 << 24  # encoded and written at a time: at most 32 MB
-SYNC_NBYTES, SYNC_SECONDS = 256 << 20, 10.0  # what a crash can lose
+SYNC_NBYTES, SYNC_SECONDS = 256 << 20, 5.0  # what a crash can lose
 Source = tuple[Tensor, Tensor | None]
 
 
