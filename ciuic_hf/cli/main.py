@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ciuic_hf.cli import bench, calibrate, demo, inspect, plan
+from ciuic_hf.cli import bench, calibrate, compress, demo, inspect, plan
 from ciuic_hf.errors import CiuicError
 
-COMMANDS = (demo, plan, calibrate, inspect, bench)
+COMMANDS = (demo, plan, calibrate, compress, inspect, bench)
 
 
 def parser() -> argparse.ArgumentParser:

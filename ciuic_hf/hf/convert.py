@@ -55,8 +55,12 @@ class WeightEncoder(EncodingConverter):
             raise CiuicError(
                 f"{layer_name}_scale_inv is in the checkpoint without its weight; a shard is missing."
             )
+        if (finished := hf_quantizer.destination.finished(layer_name)) is not None:
+            return finished
         weight: Tensor = reads[WEIGHT_PATTERN][0]()
         scale: Tensor | None = reads[SCALE_PATTERN][0]() if SCALE_PATTERN in reads else None
+        if hf_quantizer.destination.holds_tied(model, layer_name, weight, scale):
+            return {}
         encoder = hf_quantizer.encoder(model, layer_name)
         if encoder is None:
             dtype = hf_quantizer.dtype_of(model, layer_name)
@@ -86,10 +90,17 @@ class ExpertsEncoder(EncodingConverter):
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, **_: Any
     ) -> dict[str, Tensor]:
         reads = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
+        if (finished := hf_quantizer.destination.finished(layer_name)) is not None:
+            return finished
         context = {"full_layer_name": layer_name, "model": model, "config": config}
         encoder = hf_quantizer.encoder(model, layer_name)
         if encoder is None:
-            return {layer_name: self._merged(layer_name, reads, model.get_parameter(layer_name), context)}
+            placeholder = model.get_parameter(layer_name)
+            self._check_counts(layer_name, reads, len(placeholder))
+            stack = hf_quantizer.destination.stack(layer_name, placeholder)
+            for index in range(len(placeholder)):
+                stack.add(index, self._merge(layer_name, self._read(layer_name, reads, index), context))
+            return {layer_name: stack.finish()}
         self._check_counts(layer_name, reads, encoder.grid.matrices)
         for index in range(encoder.grid.matrices):
             parts = self._read(layer_name, reads, index)
@@ -97,20 +108,6 @@ class ExpertsEncoder(EncodingConverter):
                 parts = [(self._merge(layer_name, parts, context), None)]
             encoder.add(index, parts)
         return encoder.finish()
-
-    def _merged(
-        self, layer_name: str, reads: dict[str, list[Read]], placeholder: Tensor, context: dict[str, Any]
-    ) -> Tensor:
-        """All experts of a parameter that is kept: ``[E, N, K]`` in the model's dtype."""
-        self._check_counts(layer_name, reads, len(placeholder))
-        dense = None
-        for index in range(len(placeholder)):
-            expert = self._merge(layer_name, self._read(layer_name, reads, index), context)
-            if dense is None:
-                dense = torch.empty(placeholder.shape, dtype=placeholder.dtype, device=expert.device)
-            dense[index] = expert
-        assert dense is not None
-        return dense
 
     def _check_counts(self, layer_name: str, reads: dict[str, list[Read]], experts: int) -> None:
         for pattern in self.weights:
@@ -167,6 +164,8 @@ class FusedEncoder(EncodingConverter):
         self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **_: Any
     ) -> dict[str, Tensor]:
         (reads,) = (self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors))
+        if (finished := hf_quantizer.destination.finished(layer_name)) is not None:
+            return finished
         fused = reads[0]()
         encoder = hf_quantizer.encoder(model, layer_name)
         if encoder is None:
@@ -237,7 +236,9 @@ def streaming_conversions(
 
 
 def _with_ties(model: Any, results: dict[str, Tensor], loading_info: Any) -> dict[str, Tensor]:
-    """The results under the names tied to theirs too, unless the file has those: on disk they need a place."""
+    """The results under the names tied to theirs too, unless the file has those: offloaded they need a place."""
+    if any(result.device.type == "meta" for result in results.values()):
+        return results  # they went somewhere else; transformers ties by what is absent
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     absent = {name: source for name, source in ties.items() if name in loading_info.missing_keys}
     return results | {name: results[source] for name, source in absent.items() if source in results}

@@ -31,7 +31,8 @@ class Encoder:
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], codec_ids: Tensor, block: fp8.Block | None) -> None:
-        self.name, self.grid, self.codec_ids, self.block = name, BlockGrid(tuple(shape)), codec_ids, block
+        self.name, self.grid, self.block = name, BlockGrid(tuple(shape)), block
+        self.codec_ids = codec_ids.expand(self.grid.tags_shape[:-1])
         self._packed: PackedTensor | None = None
         self._offsets = torch.empty(0)
 
@@ -42,19 +43,15 @@ class Encoder:
             CiuicError: for a bad shape, dtype or value.
         """
         check_shape(self.name, self.grid, parts)
-        if self._packed is None:
-            ids = self.codec_ids.expand(self.grid.tags_shape[:-1])
-            self._packed, self._offsets = allocate(ids, self.grid, parts[0][0].device)
         start = 0
         for weight, scale in parts:
             self._encode(index, start, weight, scale)
             start += weight.shape[0]
 
     def _encode(self, index: int, start: int, weight: Tensor, scale: Tensor | None) -> None:
-        assert self._packed is not None
         try:
             for first, rows in self._float_rows(weight, scale):
-                encode_matrix(self._packed, self._offsets, index, rows, start + first)
+                self._store(index, start + first, rows)
         except NotFiniteError:
             raise CiuicError(
                 f"{self.name} holds NaN or infinite weights; repair the checkpoint, or keep this weight as it is with "
@@ -62,6 +59,12 @@ class Encoder:
             ) from None
         except ValueError as error:
             raise CiuicError(f"{self.name}: {error}") from None
+
+    def _store(self, index: int, first: int, rows: Tensor) -> None:
+        """Encode rows of matrix ``index`` to their place, which begins at row ``first``. Raises ValueError."""
+        if self._packed is None:
+            self._packed, self._offsets = allocate(self.codec_ids, self.grid, rows.device)
+        encode_matrix(self._packed, self._offsets, index, rows, first)
 
     def _float_rows(self, weight: Tensor, scale: Tensor | None) -> Iterable[tuple[int, Tensor]]:
         if scale is not None:

@@ -23,6 +23,7 @@ from ciuic_hf.hf import fp8, saving
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
+from ciuic_hf.hf.destination import current_destination
 from ciuic_hf.hf.encoder import Encoder
 from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.hf.stored import check_sizes, fit_names
@@ -40,6 +41,7 @@ class CiuicQuantizer(HfQuantizer):
     Attributes:
         codec_ids: parameter name -> uint8 ``[strips, kblocks]``, or ``[E, strips, kblocks]`` where experts differ,
             while a model is being compressed.
+        destination: where converted parameters go.
     """
 
     def __init__(self, quantization_config: CiuicConfig, **kwargs: Any) -> None:
@@ -52,6 +54,7 @@ class CiuicQuantizer(HfQuantizer):
             config.parameters, config.kept = {}, {}
         self.fp8_block = fp8.block_size(source) if source is not None else None
         self.codec_ids: dict[str, Tensor] = {}
+        self.destination = current_destination()
         self._dtypes_of_model: dict[str, torch.dtype] = {}
         self._started = time.perf_counter()
         self._peak: PeakMemory | None = None  # while loading; it holds a lock, which deepcopy refuses
@@ -123,7 +126,9 @@ class CiuicQuantizer(HfQuantizer):
         module_name, _, parameter = name.rpartition(".")
         module = model.get_submodule(module_name)
         shape = module.packed_shapes.get(parameter) if isinstance(module, PackedModule) else None
-        return None if shape is None else Encoder(name, shape, self.codec_ids[name], self.fp8_block)
+        if shape is None:
+            return None
+        return self.destination.encoder(name, shape, self.codec_ids[name], self.fp8_block)
 
     def dtype_of(self, model: Any, name: str) -> torch.dtype:
         """The dtype in which the model wants a parameter that is kept."""

@@ -27,7 +27,7 @@ from ciuic_hf.report import human_bytes
 _WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|model.*\.index\.json"
 )
-_MARGIN_NBYTES = 16 << 20  # config, index, card
+MARGIN_NBYTES = 16 << 20  # config, index, card
 
 
 def is_compressed(model: Any) -> bool:
@@ -106,7 +106,7 @@ def _save(
 ) -> Any:
     target = Path(save_directory).resolve()
     nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    check_space(nbytes + _MARGIN_NBYTES, target)
+    check_space(nbytes + MARGIN_NBYTES, target)
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", target.name)
     target.parent.mkdir(parents=True, exist_ok=True)

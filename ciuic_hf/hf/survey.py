@@ -23,6 +23,7 @@ from ciuic_hf.checkpoint import TensorHeader
 from ciuic_hf.compressor.blocks import any_pruned, measure_blocks
 from ciuic_hf.hf import fp8
 from ciuic_hf.hf.convert import streaming_conversions
+from ciuic_hf.hf.destination import Destination
 from ciuic_hf.hf.encoder import Part, check_shape
 from ciuic_hf.modules.targets import Target
 from ciuic_kernels import BlockGrid
@@ -100,6 +101,7 @@ class _Counter:
     pre_quantized = False  # weights are read one by one then
 
     def __init__(self, targets: Sequence[Target]) -> None:
+        self.destination = Destination()
         self._grids = {t.name: BlockGrid(t.shape) for t in targets}
         self.counts: dict[str, Tensor] = {}
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ciuic_hf import CiuicConfig, CiuicError, apply_ciuic_compression
 from ciuic_hf.hf.choosing import choose
+from ciuic_hf.hf.offline import compress_checkpoint
 from ciuic_hf.modules.swap import compressed_modules
+from tests.hf.conftest import read_files
 
 FAMILIES = ["v3_bf16", "v3_fp8", "v3_fused", "qwen3_moe", "qwen2_tied", "gpt_neox"]
 POLICY = "rate-distortion"
@@ -135,3 +137,14 @@ def test_a_plan_without_weights_cannot_be_adaptive(
     model = load(checkpoint("llama_untied"))
     with pytest.raises(CiuicError, match="looks at the weights"):
         choose(model, CiuicConfig(policy="adaptive"))
+
+
+@pytest.mark.parametrize("family", ["v3_fp8", "qwen2_tied"])
+def test_offline_compression_finds_the_same(
+    family: str, pruned: Callable[..., Path], load: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = pruned(family)
+    compress_checkpoint(path, tmp_path / "a" / "model", CiuicConfig(bits=3))
+    load(path, 3, policy=POLICY).save_pretrained(tmp_path / "b" / "model")
+    ours, theirs = (read_files(tmp_path / folder / "model") for folder in "ab")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
