@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ class ParameterBlocks:
         cols = torch.tensor([self.grid.block_cols(kblock) for kblock in range(self.grid.kblocks)])
         return rows[:, None] * cols
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Everything stored: arena and tags."""
         return int(self.block_nbytes().sum()) * self.copies + self.grid.tags_nbytes

@@ -37,8 +37,8 @@ def of_difference(bits: float, largest: float) -> str:
     return along(PUOR, 0.5 + bits / (2 * largest))
 
 
-def of_rank(rank: int, ranks: int) -> str:
-    """One of ``ranks`` colours, spread evenly."""
+def of_rank(rank: float, ranks: int) -> str:
+    """One of ``ranks`` colours, spread evenly; fractions lie between two."""
     return along(VIRIDIS, (rank + 0.5) / ranks if ranks < 3 else rank / (ranks - 1))
 
 

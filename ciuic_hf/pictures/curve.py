@@ -1,14 +1,15 @@
 """The rate-distortion curve of a model: the least predicted error at every size, and where a choice lies.
 
-The error is that of :mod:`ciuic_hf.planning.rate_distortion`: sensitivity times relative error of the codec, summed over
-the blocks of Linears and experts. Measured sensitivities make it a KL divergence in nats per token. Those by kind of
-weight give ratios only; then the error of all blocks in ``grid4_g64`` is 1.
+The error is that of :mod:`ciuic_hf.planning.rate_distortion`: sensitivity times relative error of the codec, summed
+over the blocks of Linears and experts. Measured sensitivities make it a KL divergence in nats per token. Those by kind
+of weight give ratios only; then the error of all blocks in ``grid4_g64`` is 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ from ciuic_hf.planning.distortion import MENU, relative_errors
 from ciuic_hf.planning.priors import prior_sensitivity
 from ciuic_hf.planning.rate_distortion import Weighed, plan_blocks
 from ciuic_hf.planning.sensitivity import Sensitivity
-from ciuic_kernels import codec_by_name
+from ciuic_kernels import BlockGrid, codec_by_name
 
 UNIT = "grid4_g64"
-_POINTS = 48
+_POINTS = 64
 _NO_ERROR = "raw_fp16"  # not on the menu; like raw_bf16 it keeps weights
 
 
@@ -54,7 +55,7 @@ class Curve:
 
     @property
     def unit(self) -> str:
-        return "predicted KL, nats per token" if self.measured else f"predicted error, all {UNIT} = 1"
+        return "predicted KL in nats per token" if self.measured else f"predicted error ({UNIT} = 1)"
 
 
 def trace_curve(models: Sequence[ModelBlocks], sensitivity: Sensitivity | None = None) -> Curve | None:
@@ -71,17 +72,23 @@ def trace_curve(models: Sequence[ModelBlocks], sensitivity: Sensitivity | None =
     common = [
         p.name for p in models[0].parameters if p.role not in TABLES and all(p.name in m for m in by_name)
     ]
-    drawn = [name for name in common if all(_is_on_menu(m[name]) for m in by_name)]
+    errors = _errors_by_id()
+    drawn = [name for name in common if all(_is_known(m[name], errors) for m in by_name)]
     if not drawn:
         return None
     parameters = [by_name[0][name] for name in drawn]
     weighed = _weigh(parameters, sensitivity)
     weights = sum(p.grid.numel for p in parameters)
-    uniform = {name: _uniform(parameters, weighed, name) for name in MENU if codec_by_name(name).bits < 16}
+    everything = sum(float(torch.as_tensor(w.sensitivity).double().sum()) for w in weighed)
+    uniform = {
+        name: (sum(_filled_nbytes(p.shape, name) for p in parameters), everything * relative_errors()[name])
+        for name in MENU
+        if codec_by_name(name).bits < 16
+    }
     sizes = [nbytes for nbytes, _ in uniform.values()]
     budgets = torch.linspace(min(sizes), max(sizes), _POINTS, dtype=torch.float64).long().tolist()
     best = [(plan.nbytes, plan.error) for plan in (plan_blocks(weighed, int(budget)) for budget in budgets)]
-    chosen = [_total([model[name] for name in drawn], weighed) for model in by_name]
+    chosen = [_total([model[name] for name in drawn], weighed, errors) for model in by_name]
     scale = 1.0 if sensitivity is not None else 1 / uniform[UNIT][1]
 
     def point(found: tuple[int, float]) -> Point:
@@ -105,8 +112,8 @@ def _errors_by_id() -> Tensor:
     return table
 
 
-def _is_on_menu(parameter: ParameterBlocks) -> bool:
-    return bool(_errors_by_id()[parameter.codecs.unique().long()].isfinite().all())
+def _is_known(parameter: ParameterBlocks, errors: Tensor) -> bool:
+    return bool(errors[parameter.codecs.unique().long()].isfinite().all())
 
 
 def _weigh(parameters: Sequence[ParameterBlocks], sensitivity: Sensitivity | None) -> list[Weighed]:
@@ -118,21 +125,17 @@ def _weigh(parameters: Sequence[ParameterBlocks], sensitivity: Sensitivity | Non
     return [Weighed(name, shape, sensitivity.blocks[name]) for name, shape in shapes.items()]
 
 
-def _uniform(
-    parameters: Sequence[ParameterBlocks], weighed: Sequence[Weighed], codec: str
-) -> tuple[int, float]:
-    return _total([_filled(p, codec) for p in parameters], weighed)
-
-
-def _filled(parameter: ParameterBlocks, codec: str) -> ParameterBlocks:
-    grid = parameter.grid
+@lru_cache(maxsize=1024)  # the layers of a model repeat a few shapes
+def _filled_nbytes(shape: tuple[int, ...], codec: str) -> int:
+    grid = BlockGrid(shape)
     ids = torch.full((grid.strips, grid.kblocks), codec_by_name(codec).id, dtype=torch.uint8)
-    return ParameterBlocks(parameter.name, parameter.role, parameter.shape, ids)
+    return ParameterBlocks("", "", shape, ids).nbytes
 
 
-def _total(parameters: Sequence[ParameterBlocks], weighed: Sequence[Weighed]) -> tuple[int, float]:
-    """Bytes and predicted error of some parameters."""
-    errors = _errors_by_id()
+def _total(
+    parameters: Sequence[ParameterBlocks], weighed: Sequence[Weighed], errors: Tensor
+) -> tuple[int, float]:
+    """Bytes and predicted error of some parameters; ``errors`` by codec id."""
     total = 0.0
     for parameter, weigh in zip(parameters, weighed, strict=True):
         relative = errors[parameter.codecs.long()]

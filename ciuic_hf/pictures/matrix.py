@@ -23,6 +23,7 @@ class MatrixMap:
         shares: of the blocks, for each of ``codecs``.
         bits: per weight of the matrix, everything stored counted.
         cells: int64 ``[down, across]``, index into ``codecs``: that of a block, or of several the most common.
+        means: float32 ``[down, across]``, the mean of those indices, for colours.
         strips_a_cell, kblocks_a_cell: how many blocks a cell stands for.
     """
 
@@ -31,6 +32,7 @@ class MatrixMap:
     shares: tuple[float, ...]
     bits: float
     cells: Tensor
+    means: Tensor
     strips_a_cell: int
     kblocks_a_cell: int
 
@@ -39,7 +41,8 @@ class MatrixMap:
         """What a cell is."""
         if self.strips_a_cell == self.kblocks_a_cell == 1:
             return "a cell is a block of 64 rows x 128 columns"
-        return f"a cell is the most common codec of {self.strips_a_cell} x {self.kblocks_a_cell} blocks"
+        blocks = f"{self.strips_a_cell} x {self.kblocks_a_cell} blocks"
+        return f"a cell is {blocks}: their most common codec, in the mean of their colours"
 
 
 def map_matrix(parameter: ParameterBlocks, expert: int | None, down: int, across: int) -> MatrixMap:
@@ -62,7 +65,7 @@ def map_matrix(parameter: ParameterBlocks, expert: int | None, down: int, across
         tuple(codec_by_id(i).name for i in present),
         tuple((counts / ids.numel()).tolist()),
         8 * one.nbytes / one.grid.numel,
-        _most_common(places, *steps, len(present)),
+        *_summarize(places, *steps, len(present)),
         *steps,
     )
 
@@ -84,11 +87,11 @@ def _matrix(parameter: ParameterBlocks, expert: int | None) -> tuple[Tensor, str
     )
 
 
-def _most_common(places: Tensor, rows: int, cols: int, kinds: int) -> Tensor:
-    """``[down, across]``: of each ``rows`` x ``cols`` cells the most frequent value, the smallest of equals."""
-    if rows == cols == 1:
-        return places
+def _summarize(places: Tensor, rows: int, cols: int, kinds: int) -> tuple[Tensor, Tensor]:
+    """``[down, across]`` each: of every ``rows`` x ``cols`` places the most frequent, and the mean."""
     one_hot = torch.nn.functional.one_hot(places, kinds).permute(2, 0, 1).float()
     margins = (0, -places.shape[1] % cols, 0, -places.shape[0] % rows)
     padded = torch.nn.functional.pad(one_hot, margins)
-    return torch.nn.functional.avg_pool2d(padded[None], (rows, cols))[0].argmax(dim=0)
+    shares = torch.nn.functional.avg_pool2d(padded[None], (rows, cols))[0]
+    means = (shares * torch.arange(kinds)[:, None, None]).sum(dim=0) / shares.sum(dim=0)
+    return shares.argmax(dim=0), means

@@ -10,9 +10,10 @@ from typing import Any
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.pictures import colours
 from ciuic_hf.pictures.compare import Comparison
-from ciuic_hf.pictures.curve import Curve
+from ciuic_hf.pictures.curve import Curve, Point
 from ciuic_hf.pictures.layers import LayerMap
 from ciuic_hf.pictures.matrix import MatrixMap
+from ciuic_hf.report import human_bytes
 from ciuic_kernels import codec_by_name
 
 PNG_CELLS = 512, 512  # of a matrix: down, across
@@ -47,24 +48,26 @@ def draw_comparison(path: Path, found: Comparison, curve: Curve | None) -> None:
             bottom, curve, [f"{mark}: {_short(s)}" for mark, s in zip("AB", found.sources, strict=True)]
         )
     total = found.roles[-1]
-    sizes = " and ".join(f"{nbytes / 1e9:.3g} GB" for nbytes in total.nbytes)
-    figure.suptitle(f"A {_short(found.sources[0])}, B {_short(found.sources[1])}: {sizes}", fontsize=12)
+    sizes = [f"{_short(s)} ({human_bytes(n)})" for s, n in zip(found.sources, total.nbytes, strict=True)]
+    figure.suptitle(f"from A, {sizes[0]}, to B, {sizes[1]}", fontsize=12)
     figure.savefig(path, dpi=_DPI)
 
 
 def draw_matrix(path: Path, found: MatrixMap) -> None:
     """The codecs of one matrix."""
     require_matplotlib()
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     down, across = found.cells.shape
-    figure = Figure(figsize=(9.5, min(10.0, max(3.0, 1.6 + 7 * down / across))), layout="constrained")
+    figure = Figure(figsize=(9.5, min(8.0, max(3.0, 1.6 + 7 * down / across))), layout="constrained")
     axes = figure.add_subplot()
     shades = [colours.of_rank(i, len(found.codecs)) for i in range(len(found.codecs))]
+    cmap = LinearSegmentedColormap.from_list("codecs", shades * 2 if len(shades) == 1 else shades)
     axes.imshow(
-        found.cells.numpy(), cmap=ListedColormap(shades), vmin=-0.5, vmax=len(shades) - 0.5, aspect="auto",
+        found.means.numpy(), cmap=cmap,
+        vmin=0, vmax=max(1, len(shades) - 1), aspect="auto",
         interpolation="nearest",
         extent=(0, across * found.kblocks_a_cell, down * found.strips_a_cell, 0),
     )  # fmt: skip
@@ -114,7 +117,7 @@ def _draw_layers(figure: Any, axes: Any, found: LayerMap, *, differences: bool) 
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    values = [[v for v in row.values] for row in found.rows]
+    values = [row.values for row in found.rows]
     largest = max([0.5, *(abs(v) for row in values for v in row if not math.isnan(v))])
     scale = colours.PUOR if differences else colours.VIRIDIS
     cmap = LinearSegmentedColormap.from_list("ciuic", scale).with_extremes(over=colours.OVER)
@@ -141,6 +144,9 @@ def _draw_layers(figure: Any, axes: Any, found: LayerMap, *, differences: bool) 
         side.set_visible(False)
     axes.tick_params(length=0)
     axes.set_xlabel("layer")
+    for y, row in enumerate(found.rows):
+        if y and not row.is_kind:
+            axes.axhline(y - 0.5, color=colours.GREY, linewidth=1)
     form = "{:+.2f}" if differences else "{:.2f}"
     for y, row in enumerate(found.rows):
         axes.annotate(
@@ -166,6 +172,15 @@ def _box(x: int, y: int, shade: str) -> Any:
     return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.6)
 
 
+def _families(found: Curve) -> dict[str, list[Point]]:
+    """Codecs that differ in their group only lie side by side and share a label: ``grid4 g64, g32``."""
+    groups: dict[str, dict[str, Point]] = {}
+    for codec, point in found.uniform.items():
+        family, _, group = codec.partition("_")
+        groups.setdefault(family, {})[group] = point
+    return {f"{family} {', '.join(members)}": list(members.values()) for family, members in groups.items()}
+
+
 def _draw_curve(axes: Any, found: Curve, names: Sequence[str]) -> None:
     axes.plot(
         [p.bits for p in found.best], [p.error for p in found.best], color=colours.LINE, linewidth=2,
@@ -175,21 +190,18 @@ def _draw_curve(axes: Any, found: Curve, names: Sequence[str]) -> None:
         [p.bits for p in found.uniform.values()], [p.error for p in found.uniform.values()], "o", markersize=6,
         markerfacecolor="white", color=colours.GREY, label="every block in one codec",
     )  # fmt: skip
-    for codec, point in found.uniform.items():
+    for family, points in _families(found).items():
+        rightmost = max(points, key=lambda p: p.bits)
         axes.annotate(
-            codec,
-            (point.bits, point.error),
-            textcoords="offset points",
-            xytext=(7, 3),
-            fontsize=7,
+            family, (rightmost.bits, rightmost.error), textcoords="offset points", xytext=(8, 2), fontsize=8,
             color=colours.GREY,
-        )
-    for place, (name, point) in enumerate(zip(names, found.chosen, strict=True)):
-        axes.plot(
-            [point.bits], [point.error], "Ds"[place % 2], markersize=9, color=(colours.MARK, colours.SECOND_MARK)[place % 2],
-            label=f"{name}: {point.bits:.2f} bits, {point.error:.3g}",
         )  # fmt: skip
+    for place, (name, point) in enumerate(zip(names, found.chosen, strict=True)):
+        marker, shade = (("D", colours.MARK), ("s", colours.SECOND_MARK))[place % 2]
+        label = f"{name}: {point.bits:.2f} bits, {point.error:.3g}"
+        axes.plot([point.bits], [point.error], marker, markersize=9, color=shade, label=label)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bits per weight of Linears and experts, everything counted")
     axes.set_ylabel(found.unit)
     axes.grid(True, which="both", alpha=0.2)

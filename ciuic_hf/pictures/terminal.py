@@ -14,9 +14,10 @@ from ciuic_hf.pictures.compare import Comparison
 from ciuic_hf.pictures.curve import Curve, Point
 from ciuic_hf.pictures.layers import LayerMap
 from ciuic_hf.pictures.matrix import MatrixMap
-from ciuic_hf.report import human_bytes, printable
+from ciuic_hf.report import human_bytes, human_count, printable
 from ciuic_kernels import codec_by_name
 from ciuic_kernels.codecs.grid import GridCodec
+from ciuic_kernels.format import ceil_div
 
 _CELLS = (6, 3, 2, 1)  # widths of a cell
 _MATRIX_ROWS, _CURVE_ROWS, _CURVE_COLS = 40, 15, 60
@@ -36,8 +37,10 @@ def layer_map(found: LayerMap, width: int, *, differences: bool = False) -> Text
     room = max(10, width - margin - 7)
     cell = next((c for c in _CELLS if c * len(found.layers) <= room), 1)
     style = _difference_style(found) if differences else colours.of_bits
-    for start in range(0, len(found.layers), max(1, room // cell)):
-        band = slice(start, start + max(1, room // cell))
+    bands = ceil_div(len(found.layers) * cell, room)
+    length = ceil_div(len(found.layers), max(1, bands))
+    for start in range(0, len(found.layers), max(1, length)):
+        band = slice(start, start + length)
         out.append_text(_header(found.layers[band], margin, cell))
         for name, row in zip(names, found.rows, strict=True):
             out.append(f"{name:<{margin}}", style="" if row.is_kind else "bold")
@@ -57,9 +60,10 @@ def matrix_map(found: MatrixMap) -> Text:
     symbols = [_symbol(name) for name in found.codecs]
     shades = [colours.of_rank(i, len(symbols)) for i in range(len(symbols))]
     out = Text(f"{printable(found.title)}: {found.bits:.2f} bits per weight; {found.scale}\n")
-    for row in found.cells.tolist():
-        for place in row:
-            out.append(symbols[place], style=f"{colours.ink_on(shades[place])} on {shades[place]}")
+    for row, means in zip(found.cells.tolist(), found.means.tolist(), strict=True):
+        for place, mean in zip(row, means, strict=True):
+            shade = colours.of_rank(mean, len(symbols))
+            out.append(symbols[place], style=f"{colours.ink_on(shade)} on {shade}")
         out.append("\n")
     for name, symbol, shade, share in zip(found.codecs, symbols, shades, found.shares, strict=True):
         out.append(f" {symbol} ", style=f"{colours.ink_on(shade)} on {shade}")
@@ -86,14 +90,14 @@ def curve(found: Curve, names: Sequence[str], width: int) -> Text:
     for mark, style, points in layers:
         for point in points:
             plot.put(point, mark, style)
-    out = Text(f"{found.unit}, against bits per weight of Linears and experts\n").append_text(plot.text())
+    out = Text(f"{found.unit} against bits per weight of Linears and experts\n").append_text(plot.text())
     out.append("·", style=colours.LINE).append(" the least at this size   ")
     out.append("○", style=colours.GREY).append(" every block in one codec\n")
     for mark, name, point in zip(marks, names, found.chosen, strict=True):
         out.append(mark, style=f"bold {colours.MARK}")
         out.append(f" {printable(name)}: {point.bits:.2f} bits, {point.error:.3g}\n")
     if not found.measured:
-        out.append("By kind of weight, so ratios only; --sensitivity FILE of ciuic calibrate gives KL.\n")
+        out.append("By kind of weight, so ratios only; with --sensitivity FILE it is in KL.\n")
     if found.left_out:
         out.append(f"Left out: {found.left_out} weights with sparse or zero blocks.\n")
     return out
@@ -106,17 +110,16 @@ def comparison(found: Comparison) -> Table:
         title_justify="left",
         box=box.ROUNDED,
     )
-    for heading in ("role", "bits A", "bits B", "bytes A", "bytes B", "change", "blocks up", "down", "same"):
+    for heading in ("role", "bits", "bytes", "blocks up", "down", "same"):
         table.add_column(heading, justify="left" if heading == "role" else "right", no_wrap=True)
     for change in found.roles:
         if change is found.roles[-1]:
             table.add_section()
-        before, after = change.nbytes
-        sign = "+" if after >= before else "-"
+        bits, nbytes = change.bits, change.nbytes
         table.add_row(
-            Text(printable(change.role)), f"{change.bits[0]:.2f}", f"{change.bits[1]:.2f}", human_bytes(before),
-            human_bytes(after), f"{sign}{human_bytes(abs(after - before))}", f"{change.up:,}", f"{change.down:,}",
-            f"{change.same:,}",
+            Text(printable(change.role)), f"{bits[0]:.2f} → {bits[1]:.2f}",
+            f"{human_bytes(nbytes[0])} → {human_bytes(nbytes[1])}",
+            human_count(change.up), human_count(change.down), human_count(change.same),
         )  # fmt: skip
     return table
 
