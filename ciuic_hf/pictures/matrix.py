@@ -42,7 +42,7 @@ class MatrixMap:
         if self.strips_a_cell == self.kblocks_a_cell == 1:
             return "a cell is a block of 64 rows x 128 columns"
         blocks = f"{self.strips_a_cell} x {self.kblocks_a_cell} blocks"
-        return f"a cell is {blocks}: their most common codec, in the mean of their colours"
+        return f"a cell is {blocks}, in the mean of their colours"
 
 
 def map_matrix(parameter: ParameterBlocks, expert: int | None, down: int, across: int) -> MatrixMap:

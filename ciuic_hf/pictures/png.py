@@ -205,7 +205,7 @@ def _draw_curve(axes: Any, found: Curve, names: Sequence[str]) -> None:
     axes.set_xlabel("bits per weight of Linears and experts, everything counted")
     axes.set_ylabel(found.unit)
     axes.grid(True, which="both", alpha=0.2)
-    axes.margins(x=0.04)
+    axes.margins(x=0.09)
     axes.legend(fontsize=9)
     if found.left_out:
         axes.set_title(f"without {found.left_out} weights that have sparse or zero blocks", fontsize=9)

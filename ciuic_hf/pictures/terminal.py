@@ -108,9 +108,11 @@ def comparison(found: Comparison) -> Table:
     table = Table(
         title=f"A: {printable(found.sources[0])}\nB: {printable(found.sources[1])}",
         title_justify="left",
+        caption="up, down, same: blocks that take more, fewer, as many bytes",
+        caption_justify="left",
         box=box.ROUNDED,
     )
-    for heading in ("role", "bits", "bytes", "blocks up", "down", "same"):
+    for heading in ("role", "bits", "bytes", "up", "down", "same"):
         table.add_column(heading, justify="left" if heading == "role" else "right", no_wrap=True)
     for change in found.roles:
         if change is found.roles[-1]:
