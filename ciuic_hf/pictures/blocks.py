@@ -133,7 +133,9 @@ def read_blocks(path: Path | str) -> ModelBlocks:
     elif path.suffix == ".json" and path.is_file():
         parameters = _planned(ModelPlan.load(path))
     else:
-        raise CiuicError(f"{path} is neither the directory of a checkpoint nor a plan.json.")
+        raise CiuicError(
+            f"{path} is not a model: it is neither the directory of a checkpoint nor a plan.json."
+        )
     if not parameters:
         raise CiuicError(f"{path} lists no compressed weights.")
     return ModelBlocks(str(path), parameters)

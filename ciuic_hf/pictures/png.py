@@ -59,6 +59,7 @@ def draw_matrix(path: Path, found: MatrixMap) -> None:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     down, across = found.cells.shape
     figure = Figure(figsize=(9.5, min(8.0, max(3.0, 1.6 + 7 * down / across))), layout="constrained")
@@ -74,7 +75,7 @@ def draw_matrix(path: Path, found: MatrixMap) -> None:
     axes.set_xlabel("block of 128 input columns")
     axes.set_ylabel("strip of 64 output rows")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_locator(MaxNLocator(integer=True))
     legend = [
         Patch(
             facecolor=shade,
@@ -122,8 +123,8 @@ def _draw_layers(figure: Any, axes: Any, found: LayerMap, *, differences: bool) 
     scale = colours.PUOR if differences else colours.VIRIDIS
     cmap = LinearSegmentedColormap.from_list("ciuic", scale).with_extremes(over=colours.OVER)
     norm = Normalize(-largest, largest) if differences else Normalize(colours.LOW_BITS, colours.HIGH_BITS)
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
+    for y, across in enumerate(values):
+        for x, value in enumerate(across):
             if math.isnan(value):
                 continue
             shade = colours.of_difference(value, largest) if differences else colours.of_bits(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -100,6 +100,25 @@ def curve(found: Curve, names: Sequence[str], width: int) -> Text:
         out.append("By kind of weight, so ratios only; with --sensitivity FILE it is in KL.\n")
     if found.left_out:
         out.append(f"Left out: {found.left_out} weights with sparse or zero blocks.\n")
+    return out
+
+
+def series(lines: Mapping[str, Sequence[tuple[float, float]]], what: str, width: int) -> Text:
+    """Several lines of ``(bits, error)``, a letter each."""
+    plot = _Plot(
+        [Point(*point) for points in lines.values() for point in points],
+        min(_CURVE_COLS, max(20, width - 12)),
+    )
+    marks = [chr(ord("A") + i) for i in range(len(lines))]
+    shades = [colours.of_rank(i, max(3, len(lines))) for i in range(len(lines))]
+    for mark, shade, points in zip(marks, shades, lines.values(), strict=True):
+        for point in points:
+            plot.put(Point(*point), mark, f"bold {colours.ink_on(shade)} on {shade}")
+    out = Text(what + "\n").append_text(plot.text())
+    for mark, shade, name in zip(marks, shades, lines, strict=True):
+        out.append(f" {mark} ", style=f"bold {colours.ink_on(shade)} on {shade}").append(
+            f" {printable(name)}\n"
+        )
     return out
 
 

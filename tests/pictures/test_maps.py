@@ -82,7 +82,7 @@ def test_a_role_of_the_map_is_the_mean_of_its_weights(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_no_choice_lies_under_the_curve(seed: int) -> None:
     curve = trace_curve([model_of(seed)])
     assert curve is not None and curve.left_out == 0
@@ -144,7 +144,7 @@ def test_a_comparison_of_different_models_is_refused() -> None:
     other = ModelBlocks(
         "other", [ParameterBlocks("lm_head.weight", "lm_head", (64, 128), torch.zeros(1, 1).byte())]
     )
-    with pytest.raises(CiuicError, match="different models: lm_head.weight is"):
+    with pytest.raises(CiuicError, match="different models: lm_head"):
         compare_models(model, other)
     with pytest.raises(CiuicError, match="no compressed weight in common"):
         compare_models(ModelBlocks("a", model.parameters[:1]), ModelBlocks("b", model.parameters[1:]))
@@ -183,7 +183,7 @@ def test_experts_of_a_matrix() -> None:
         map_matrix(experts, 3, 40, 40)
     with pytest.raises(CiuicError, match="has no experts"):
         map_matrix(model.find("lm_head"), 0, 40, 40)
-    with pytest.raises(CiuicError, match="2 weights .* have 'q_proj' in their name"):
+    with pytest.raises(CiuicError, match=r"2 weights .* have 'q_proj' in their name"):
         model.find("q_proj")
     with pytest.raises(CiuicError, match="no compressed weight 'nothing'"):
         model.find("nothing")
