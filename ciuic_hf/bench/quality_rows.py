@@ -81,7 +81,7 @@ def measure_quality(
         candidate = _load(path, quantization_config=CiuicConfig(bits=asked, **policies[name]))
         report = candidate.ciuic_report
         stored = report.bits_per_weight((*LINEAR_ROLES, "experts"))
-        label = f"{OURS}, {asked:g} bits, {name}"
+        label = f"{OURS} {asked:g}, {name}"
         rows.append(_row(f"{OURS}, {name}", label, stored, candidate, reference, report.seconds))
     return rows
 
@@ -117,14 +117,19 @@ def table(rows: Sequence[QualityRow], model: str) -> Table:
     """KL also as a ratio to NF4, accuracy as what is lost of that of bf16; most bits first."""
     dense = next(row for row in rows if row.family == DENSE)
     nf4 = next(row for row in rows if row.family == YARDSTICK)
-    shown = Table(title=f"{TITLES[model]}, {nf4.tokens} tokens", box=box.ROUNDED)
-    for heading in ("weights", "bits", "KL", "vs NF4", "perplexity", "same top-1", "accuracy", "lost"):
+    shown = Table(
+        title=f"{TITLES[model]}, {nf4.tokens} tokens",
+        caption=f"vs NF4: of KL. top-1: same as bf16. lost: of bf16's accuracy, {100 * dense.accuracy:.1f} % of next tokens",
+        caption_justify="left",
+        box=box.ROUNDED,
+    )
+    for heading in ("weights", "bits", "KL", "vs NF4", "ppl", "top-1", "lost"):
         shown.add_column(heading, justify="left" if heading == "weights" else "right", no_wrap=True)
     for row in sorted(rows, key=lambda r: (-round(r.bits_per_weight, 1), r.family.startswith(OURS), r.kl)):
         shown.add_row(
             row.name, f"{row.bits_per_weight:.2f}", f"{row.kl:.4f}", f"{row.kl / nf4.kl:.2f}x",
-            f"{row.perplexity:.2f}", f"{100 * row.top1_agreement:.1f} %", f"{100 * row.accuracy:.2f} %",
-            f"{100 * (1 - row.accuracy / dense.accuracy):+.1f} %",
+            f"{row.perplexity:.{2 if row.perplexity < 1000 else 0}f}", f"{100 * row.top1_agreement:.1f} %",
+            f"{100 * (1 - row.accuracy / dense.accuracy):.1f} %",
         )  # fmt: skip
     return shown
 

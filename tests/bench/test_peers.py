@@ -19,10 +19,10 @@ BY_NAME = {peer.name: peer for peer in PEERS}
 
 # |W - Q|^2 / |W|^2 on normal weights, of independent implementations (docs/adr/022).
 MEASURED = {
-    "bitsandbytes NF4, group 64": 0.0085,
-    "HQQ, 4 bits, group 64": 0.0076,
-    "HQQ, 3 bits, group 64": 0.0334,
-    "HQQ, 2 bits, group 64": 0.1888,
+    "bitsandbytes NF4": 0.0085,
+    "HQQ 4 bits": 0.0076,
+    "HQQ 3 bits": 0.0334,
+    "HQQ 2 bits": 0.1888,
     "GGUF Q6_K": 0.00030,
     "GGUF Q5_K": 0.00144,
     "GGUF Q4_K": 0.0055,

@@ -28,11 +28,11 @@ class Peer:
 
 
 PEERS = (
-    Peer("NF4", "bitsandbytes NF4, group 64", nf4.BITS_PER_WEIGHT, nf4.nf4_roundtrip),
+    Peer("NF4", "bitsandbytes NF4", nf4.BITS_PER_WEIGHT, nf4.nf4_roundtrip),
     *(
         Peer(
             "HQQ",
-            f"HQQ, {width} bits, group 64",
+            f"HQQ {width} bits",
             hqq.bits_per_weight(width),
             partial(hqq.hqq_roundtrip, width=width),
         )

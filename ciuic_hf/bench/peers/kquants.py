@@ -32,6 +32,10 @@ import torch
 from torch import Tensor
 
 SUPER = 256
+AFFINE_POWER, SYMMETRIC_POWER = (
+    1.0,
+    2.0,
+)  # of the magnitude, in the importance of a weight in sub-blocks of 16
 _CHUNK = 256  # super-blocks at a time, so that they stay in the processor's cache
 
 
@@ -78,9 +82,7 @@ def roundtrip(weight: Tensor, name: str) -> Tensor:
 
 def _affine(values: Tensor, width: int, size: int, scale_width: int, steps: int, first: float) -> Encoded:
     x = values.view(len(values), -1, size)
-    importance = x.abs()
-    if size == 32:  # Q4_K and Q5_K add the rms of the sub-block, Q2_K does not
-        importance = importance + x.square().mean(-1, keepdim=True).sqrt()
+    importance = x.abs() ** AFFINE_POWER if size == 16 else x.abs() + x.square().mean(-1, keepdim=True).sqrt()
     scale, low = _search_affine(x, importance, 2**width - 1, steps, first)
     largest = 2**scale_width - 1
     scales, step = _integers(scale, largest)
@@ -148,7 +150,7 @@ def _symmetric(values: Tensor, width: int, scale_width: int) -> Encoded:
 
 def _search_symmetric(x: Tensor, half: int) -> Tensor:
     """Scale ``[B, S]``, whose sign lets the weight of largest magnitude meet the code of largest magnitude."""
-    importance = x.square()
+    importance = x.abs() ** SYMMETRIC_POWER
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     safe = torch.where(extreme != 0, extreme, 1.0)
     best, best_scale = torch.zeros_like(x[..., 0]), torch.zeros_like(x[..., 0])
