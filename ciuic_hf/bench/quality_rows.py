@@ -119,7 +119,8 @@ def table(rows: Sequence[QualityRow], model: str) -> Table:
     nf4 = next(row for row in rows if row.family == YARDSTICK)
     shown = Table(
         title=f"{TITLES[model]}, {nf4.tokens} tokens",
-        caption=f"vs NF4: of KL. top-1: same as bf16. lost: of bf16's accuracy, {100 * dense.accuracy:.1f} % of next tokens",
+        caption="vs NF4: KL. top-1: same as bf16. lost: of the next tokens that bf16 gets right, "
+        f"{100 * dense.accuracy:.1f} %",
         caption_justify="left",
         box=box.ROUNDED,
     )
