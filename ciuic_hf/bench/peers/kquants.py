@@ -15,8 +15,9 @@ Q8_0    32   d q, q from -127       d in fp16 for each 32, no super-block       
 ======  ===  =====================  =================================================  ============
 
 A scale is searched as llama.cpp describes it for quantization without an importance matrix: several ranges for each
-sub-block, for each the least-squares scale (and minimum) of its codes, weighted by magnitude, of which the one of
-least weighted error is kept. Scales are then rounded to integers and the codes chosen again.
+sub-block, for each the least-squares scale (and minimum) of its codes, of which the one of least error is kept. Scales
+are then rounded to integers and the codes chosen again. Errors count by magnitude in Q2_K, Q4_K and Q5_K; in Q3_K and
+Q6_K, where llama.cpp counts them by the square, all alike, which was better (docs/adr/022).
 
 llama.cpp refuses matrices whose rows are no multiple of 256 and takes another format for them; here super-blocks
 run on over the ends of rows, which is never worse.
@@ -32,10 +33,7 @@ import torch
 from torch import Tensor
 
 SUPER = 256
-AFFINE_POWER, SYMMETRIC_POWER = (
-    1.0,
-    2.0,
-)  # of the magnitude, in the importance of a weight in sub-blocks of 16
+Q2_POWER = 1.0  # of the magnitude, in the importance of a weight of Q2_K; 0 would minimise the squared error
 _CHUNK = 256  # super-blocks at a time, so that they stay in the processor's cache
 
 
@@ -82,7 +80,7 @@ def roundtrip(weight: Tensor, name: str) -> Tensor:
 
 def _affine(values: Tensor, width: int, size: int, scale_width: int, steps: int, first: float) -> Encoded:
     x = values.view(len(values), -1, size)
-    importance = x.abs() ** AFFINE_POWER if size == 16 else x.abs() + x.square().mean(-1, keepdim=True).sqrt()
+    importance = x.abs() ** Q2_POWER if size == 16 else x.abs() + x.square().mean(-1, keepdim=True).sqrt()
     scale, low = _search_affine(x, importance, 2**width - 1, steps, first)
     largest = 2**scale_width - 1
     scales, step = _integers(scale, largest)
@@ -150,13 +148,12 @@ def _symmetric(values: Tensor, width: int, scale_width: int) -> Encoded:
 
 def _search_symmetric(x: Tensor, half: int) -> Tensor:
     """Scale ``[B, S]``, whose sign lets the weight of largest magnitude meet the code of largest magnitude."""
-    importance = x.abs() ** SYMMETRIC_POWER
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     safe = torch.where(extreme != 0, extreme, 1.0)
     best, best_scale = torch.zeros_like(x[..., 0]), torch.zeros_like(x[..., 0])
     for i in range(-9, 10):
         codes = (x * (-(half + 0.1 * i) / safe)).round().clamp(-half, half - 1)
-        sum_xl, sum_ll = (importance * x * codes).sum(-1), (importance * codes.square()).sum(-1)
+        sum_xl, sum_ll = (x * codes).sum(-1), codes.square().sum(-1)
         gain = torch.where(sum_ll > 0, sum_xl.square() / sum_ll, 0.0)
         better = gain > best
         best = torch.where(better, gain, best)
