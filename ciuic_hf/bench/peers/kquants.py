@@ -20,7 +20,7 @@ are then rounded to integers and the codes chosen again. Errors count by magnitu
 Q6_K, where llama.cpp counts them by the square, all alike, which was better (docs/adr/022).
 
 llama.cpp refuses matrices whose rows are no multiple of 256 and takes another format for them; here super-blocks
-run on over the ends of rows, which is never worse.
+run on over the ends of rows, so that every matrix takes the bits of its format.
 """
 
 from __future__ import annotations
