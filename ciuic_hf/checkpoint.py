@@ -29,6 +29,13 @@ class TensorHeader:
     file: Path
 
 
+def is_shape(shape: object) -> bool:
+    """Whether this, from a file, is the shape of a matrix or of fused experts."""
+    return (
+        isinstance(shape, list) and len(shape) in (2, 3) and all(isinstance(s, int) and s > 0 for s in shape)
+    )
+
+
 def read_header(path: Path) -> list[TensorHeader]:
     """All tensors of one safetensors file. Raises CiuicError when the file is missing, cut off or no safetensors."""
     if not path.is_file():
@@ -80,9 +87,11 @@ def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory. Raises CiuicError when there is no such checkpoint."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        return [
-            directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        ]
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return [directory / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CiuicError(f"{index} is damaged; download or copy it again.") from None
     single = directory / "model.safetensors"
     if not single.is_file():
         raise CiuicError(

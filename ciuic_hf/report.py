@@ -37,6 +37,11 @@ def human_count(count: float) -> str:
     raise AssertionError
 
 
+def printable(text: str) -> str:
+    """Text from a file for a terminal: without control characters."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 @dataclass(frozen=True)
 class CompressedParameter:
     """One compressed parameter.
@@ -127,7 +132,7 @@ class Report:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("how, or why not")
         for row in [*self._compressed_rows(), *self._kept_rows()]:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         table.add_section()
         ratio = f"{self.dense_nbytes / max(1, self.nbytes):.2f}x smaller"
         table.add_row(*_row("total", self._weights(), self.dense_nbytes, self.nbytes, ratio))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ciuic_hf.errors import CiuicError
+from ciuic_hf.pictures.png import require_matplotlib
 
 
 def draw_bytes_against_quality(
@@ -20,10 +20,9 @@ def draw_bytes_against_quality(
     Raises:
         CiuicError: when matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CiuicError("Drawing needs matplotlib: pip install 'ciuic-hf[demo]'.") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     megabytes = [nbytes / 1e6 for _, nbytes, _ in points]
@@ -43,3 +42,38 @@ def draw_bytes_against_quality(
     axes.set_title(title, fontsize=11)
     axes.grid(True, which="both", alpha=0.25)
     figure.savefig(path, dpi=150)
+
+
+_MARKERS = "os^vDP*X"
+_SHADES = ("#440154", "#d1495b", "#26838f", "#e69f00", "#6b7280", "#0072b2", "#35b779", "#cc79a7")
+
+
+def draw_kl_against_bits(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
+    """A picture of formats: a line for each with a marker of its own; formats of Ciuic are drawn full.
+
+    Args:
+        lines: name of a format -> ``(bits per weight, KL in nats per token)`` by rising bits.
+
+    Raises:
+        CiuicError: when matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (name, points) in enumerate(lines.items()):
+        ours = name.startswith("Ciuic")
+        axes.plot(
+            [bits for bits, _ in points], [kl for _, kl in points], _MARKERS[place % len(_MARKERS)],
+            linestyle="-" if ours else ":", color=_SHADES[place % len(_SHADES)], label=name,
+            markerfacecolor=None if ours else "white", markersize=7,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("bits per weight of Linears and experts, everything counted")
+    axes.set_ylabel("KL divergence from bf16 (nats per token)")
+    axes.set_title(title, fontsize=11)
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=110)

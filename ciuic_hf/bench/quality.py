@@ -9,10 +9,11 @@ reference) and Q_t (the candidate). Reported are
   prefix, so it separates candidates long before perplexity does.
 * perplexity, exp(-mean over t of ln Q_t(x_{t+1})), on the text itself, for both models.
 * top-1 agreement, the fraction of positions at which both put most probability on the same token.
+* accuracy, the fraction of predicted tokens that the model in question puts most probability on, for both models.
 
 The text is cut into windows that share no context: token t of a window sees only the tokens before it in that
 window. A window of n tokens yields n distributions (KL and top-1 use all of them) and n - 1 predicted tokens
-(perplexity). Results are comparable only at the same window, text and tokenizer.
+(perplexity and accuracy). Results are comparable only at the same window, text and tokenizer.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Quality:
     reference_perplexity: float
     top1_agreement: float  # fraction, 0 to 1
     tokens: int  # positions that `kl` and `top1_agreement` average over
+    accuracy: float  # of the candidate, fraction
+    reference_accuracy: float
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def compare(
     """
     ids, window = _text(reference, input_ids, window)
     divergence = agreed = reference_nll = candidate_nll = 0.0
+    reference_hits = candidate_hits = 0
     for chunk, wanted, got in zip(
         ids.split(window, dim=1),
         _reference_windows(reference, ids, window),
@@ -94,6 +98,8 @@ def compare(
         agreed += (wanted.argmax(-1) == got.argmax(-1)).sum().item()
         reference_nll += _negative_log_likelihood(wanted, chunk)
         candidate_nll += _negative_log_likelihood(got, chunk)
+        reference_hits += _hits(wanted, chunk)
+        candidate_hits += _hits(got, chunk)
         divergence += (wanted.exp() * (wanted - got)).sum(dtype=torch.float64).item()
     tokens = ids.shape[1]
     predicted = _predicted_tokens(tokens, window)
@@ -103,6 +109,8 @@ def compare(
         reference_perplexity=_exp(reference_nll / predicted),
         top1_agreement=agreed / tokens,
         tokens=tokens,
+        accuracy=candidate_hits / predicted,
+        reference_accuracy=reference_hits / predicted,
     )
 
 
@@ -213,6 +221,11 @@ def _negative_log_likelihood(logprobs: Tensor, chunk: Tensor) -> float:
     """Sum of -ln Q(x_{t+1}) in nats; `logprobs` [n, V] and `chunk` [1, n] belong to one window."""
     targets = chunk[0, 1:].to(logprobs.device)
     return -logprobs[:-1].gather(1, targets[:, None]).sum(dtype=torch.float64).item()
+
+
+def _hits(logprobs: Tensor, chunk: Tensor) -> int:
+    """How many tokens of a window `[1, n]` are the most probable ones after those before them."""
+    return int((logprobs[:-1].argmax(-1) == chunk[0, 1:].to(logprobs.device)).sum())
 
 
 def _predicted_tokens(tokens: int, window: int) -> int:

@@ -33,12 +33,18 @@ def add_command(commands: Any) -> None:
     decode.add_argument("--repeats", type=int, default=20, help="interleaved rounds (default 20)")
     decode.add_argument("--bits", type=float, default=4.25)
     decode.set_defaults(run=run_decode)
-    quality = kinds.add_parser("quality", help="KL and perplexity of SmolLM2, against bitsandbytes NF4")
+    quality = kinds.add_parser(
+        "quality", help="KL and perplexity of a trained model, against NF4, HQQ and GGUF"
+    )
     quality.add_argument("--tokens", type=int, default=2048)
-    quality.add_argument("--bits", type=float, nargs="+", default=[8, 6, 5, 4.25, 4, 3])
+    quality.add_argument("--bits", type=float, nargs="+", default=[8, 6, 5, 4.25, 4, 3.25, 3, 2.5])
     quality.add_argument(
         "--sensitivity", type=Path, help="file of `ciuic calibrate` for SmolLM2: measure its plans as well"
     )
+    quality.add_argument(
+        "--model", choices=("smollm2", "demo"), default="smollm2", help="demo: the one in this package"
+    )
+    quality.add_argument("--plot", type=Path, metavar="FILE", help="draw KL against bits; needs matplotlib")
     quality.set_defaults(run=run_quality)
     products = kinds.add_parser("products", help="one matrix by rows of x: fused, decode-then-GEMM, bf16")
     products.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
@@ -93,10 +99,23 @@ def run_decode(arguments: argparse.Namespace) -> None:
 
 
 def run_quality(arguments: argparse.Namespace) -> None:
-    from ciuic_hf.bench.smollm2_quality import measure_quality, table
+    from ciuic_hf.bench.plot import draw_kl_against_bits
+    from ciuic_hf.bench.quality_rows import TITLES, families, measure_quality, table
+    from ciuic_hf.pictures.png import require_matplotlib
+    from ciuic_hf.pictures.terminal import series
 
-    rows = measure_quality(arguments.cache, arguments.bits, arguments.tokens, arguments.sensitivity)
-    _show(table(rows), rows, arguments.json)
+    if arguments.plot:
+        require_matplotlib()
+    rows = measure_quality(
+        arguments.cache, arguments.bits, arguments.tokens, arguments.sensitivity, arguments.model
+    )
+    _show(table(rows, arguments.model), rows, arguments.json)
+    lines = families(rows)
+    what = "KL to bf16, nats per token, against bits per weight"
+    Console().print(series(lines, what, Console().width), highlight=False)
+    if arguments.plot:
+        draw_kl_against_bits(arguments.plot, lines, TITLES[arguments.model])
+        print(f"Picture: {arguments.plot}")
 
 
 def run_products(arguments: argparse.Namespace) -> None:

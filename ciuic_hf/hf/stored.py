@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ciuic_hf.checkpoint import TensorHeader
+from ciuic_hf.checkpoint import TensorHeader, is_shape
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.modules.packed import TAGS
@@ -29,12 +29,6 @@ def fit_names(model: Any, by_name: dict[str, Any]) -> dict[str, Any]:
     return {name: fitted[source] for name, source in ties.items() if source in fitted} | fitted
 
 
-def _is_shape(shape: Any) -> bool:
-    return (
-        isinstance(shape, list) and len(shape) in (2, 3) and all(isinstance(s, int) and s > 0 for s in shape)
-    )
-
-
 def check_sizes(config: CiuicConfig, headers: list[TensorHeader]) -> None:
     """Compare what config.json says of a compressed checkpoint with what its files hold. Raises CiuicError."""
     if not config.is_compressed:
@@ -45,7 +39,7 @@ def check_sizes(config: CiuicConfig, headers: list[TensorHeader]) -> None:
     for name, entry in config.parameters.items():
         shape: Any = entry.get("shape")
         nbytes = entry.get("arena_nbytes")
-        if not _is_shape(shape) or not isinstance(nbytes, int) or nbytes < 0:
+        if not is_shape(shape) or not isinstance(nbytes, int) or nbytes < 0:
             raise CiuicError(f"config.json describes {name} as {entry!r}; it needs a shape and arena_nbytes.")
         header = by_name.get(name)
         if header is not None and (header.dtype != "U8" or header.shape != (nbytes,)):

@@ -15,6 +15,10 @@ from ciuic_hf.planning.uniform import codec_ids
 from ciuic_kernels import BlockGrid
 from ciuic_kernels.layout import arena_nbytes
 
+# What the input and output embeddings are called in transformers' decoders.
+_EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embedding", "tok_embeddings")
+_HEAD_NAMES = ("lm_head", "embed_out", "output_layer")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -62,11 +66,25 @@ def role_of(name: str, module: nn.Module, embeddings: nn.Module | None, head: nn
         return "lm_head"
     if module is embeddings:
         return "embeddings"
-    parts = name.split(".")
     if embeddings is None and isinstance(module, nn.Embedding):
         return "embeddings"
-    if head is None and parts[-1] == "lm_head":
+    if head is None and name.split(".")[-1] == "lm_head":
         return "lm_head"
+    return _role_of_linear(name)
+
+
+def role_of_name(name: str, dims: int) -> str:
+    """The role of a parameter of which only name and number of dimensions are known, as in a plan file."""
+    if dims == 3:
+        return "experts"
+    parts = name.removesuffix(".weight").split(".")
+    if parts[-1] in _HEAD_NAMES:
+        return "lm_head"
+    return "embeddings" if parts[-1] in _EMBEDDING_NAMES else _role_of_linear(name)
+
+
+def _role_of_linear(name: str) -> str:
+    parts = name.split(".")
     if any("attn" in part or "attention" in part for part in parts):
         return "attention"
     if any("shared_expert" in part for part in parts):

@@ -7,10 +7,8 @@ in [-1, 1]: 4 + 32 / 64 = 4.5 bits per weight. Double quantization (scales in 8 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 GROUP = 64
 BITS_PER_WEIGHT = 4 + 32 / GROUP
@@ -34,22 +32,6 @@ LEVELS = (
     0.7229568362236023,
     1.0,
 )
-
-
-@torch.no_grad()
-def nf4_roundtrip_(model: nn.Module, keep: Collection[str] = ("lm_head",)) -> int:
-    """Replaces each Linear weight of `model` by its NF4 value, in place; returns how many were replaced.
-
-    Lets NF4 be compared in any compute dtype, float32 included, on a machine without bitsandbytes. Weights
-    keep their dtype, shape and device. A Linear whose last name is in `keep` is left alone, as is the
-    embedding.
-    """
-    replaced = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in keep:
-            module.weight.copy_(nf4_roundtrip(module.weight))
-            replaced += 1
-    return replaced
 
 
 def nf4_roundtrip(weight: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Pictures of compressed models and plans, for the terminal and as PNG."""
