@@ -118,8 +118,8 @@ def _refuse_merging(tuner: Any) -> None:
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if method != LORA and _is_compressed(tuner.model):
             raise CiuicError(
-                f"The adapter {name} ({method}) cannot be merged into compressed weights; keep it beside them, or merge "
-                "it into model.dequantize()."
+                f"The adapter {name} ({method}) cannot be merged into compressed weights; keep it beside them, or "
+                "add it to model.dequantize()."
             )
 
 

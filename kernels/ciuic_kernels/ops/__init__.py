@@ -1,4 +1,4 @@
-"""The operators on compressed parameters and what goes with them, one file each; importing this package registers them with torch."""
+"""The operators on compressed parameters, one file each; importing this package registers them with torch."""
 
 from ciuic_kernels.ops.dequantize import dequantize_op as dequantize
 from ciuic_kernels.ops.embedding import embedding_op as embedding
