@@ -15,8 +15,11 @@ from ciuic_hf.modules.experts import CiuicExperts
 from ciuic_hf.modules.swap import compressed_modules
 
 LORA = "LORA"
-FORWARD_ONLY = ("IA3",)
-"""Methods that never look at a weight in their forward: they train, and cannot be merged."""
+FORWARD_ONLY = (
+    "ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "LN_TUNING", "MISS", "OFT", "PVERA",
+    "RANDLORA", "ROAD", "VBLORA", "VERA", "WAVEFT",
+)  # fmt: skip
+"""Methods that work on inputs and outputs and never look at a weight: they train, and cannot be merged."""
 
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 _VARIANTS = {
@@ -36,14 +39,16 @@ def check_config(config: Any, model: nn.Module) -> None:
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method != LORA and method not in FORWARD_ONLY:
         raise CiuicError(
-            f"{method} adapters need full weights, or were never proven on compressed ones; use LoRA "
-            f"(or {', '.join(FORWARD_ONLY)}), or load the model without CiuicConfig."
+            f"{method} adapters need full weights, or were not proven on compressed ones; use LoRA or one of "
+            f"{', '.join(FORWARD_ONLY)}, or load the model without CiuicConfig."
         )
     packed = dict(compressed_modules(model))
     _check_trained_whole(config, packed)
-    if method == LORA:
+    if getattr(config, "init_weights", None) == "bat":
+        raise CiuicError('init_weights="bat" computes with the full weight; leave it at its default.')
+    if method in (LORA, "ADALORA"):
         _check_lora(config)
-        _check_parameters(config.target_parameters or (), packed)
+        _check_parameters(getattr(config, "target_parameters", None) or (), packed)
 
 
 def _check_lora(config: Any) -> None:

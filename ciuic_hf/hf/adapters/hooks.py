@@ -111,12 +111,13 @@ def _prepare_config(config: Any, model: Any) -> None:
 
 
 def _refuse_merging(tuner: Any) -> None:
-    """Raise CiuicError for adapters other than LoRA on compressed weights: PEFT would write floats over their bytes."""
+    """Raise CiuicError for adapters other than LoRA on compressed weights: PEFT would write over bytes."""
     from ciuic_hf.hf.adapters.checks import LORA
 
+    harmless = (LORA, "LN_TUNING")  # ours, and one that touches norms alone
     for name, config in tuner.peft_config.items():
         method = str(getattr(config.peft_type, "value", config.peft_type))
-        if method != LORA and _is_compressed(tuner.model):
+        if method not in harmless and _is_compressed(tuner.model):
             raise CiuicError(
                 f"The adapter {name} ({method}) cannot be merged into compressed weights; keep it beside them, or "
                 "add it to model.dequantize()."
