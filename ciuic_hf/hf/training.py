@@ -34,7 +34,10 @@ def prepare_for_training(
     model.requires_grad_(False)
     if not gradient_checkpointing:
         return model
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    renamed = getattr(
+        model, "activation_checkpointing_enable", None
+    )  # transformers 5.23; before, the other name
+    enable = renamed or getattr(model, "gradient_checkpointing_enable", None)
     if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise CiuicError(
             f"{type(model).__name__} has no gradient checkpointing; call prepare_for_training(model, False)."
@@ -42,5 +45,5 @@ def prepare_for_training(
     options = {"use_reentrant": False} | dict(gradient_checkpointing_kwargs or {})
     if options["use_reentrant"]:
         model.enable_input_require_grads()  # type: ignore[operator]
-    enable(gradient_checkpointing_kwargs=options)
+    enable(options)
     return model

@@ -32,7 +32,7 @@ def model(saved: Callable[[str], Path], load: Callable[..., Any]) -> Any:
         ({"use_dora": True}, "DoRA"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq"),
+        ({"init_lora_weights": "mica"}, "mica"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"trainable_token_indices": {"embed_tokens": [1]}}, "trainable_token_indices"),

@@ -19,6 +19,7 @@ from typing import Any
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.adapters.costs import summed
 from ciuic_hf.modules.experts import CiuicExperts
+from ciuic_hf.modules.packed import PackedModule
 from ciuic_hf.modules.swap import compressed_modules
 
 _TUNERS = "peft.tuners.tuners_utils"
@@ -70,7 +71,9 @@ def wrap_tuner(module: ModuleType) -> None:
 
     @wraps(inject)
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if _is_compressed(model):
+        if any(
+            isinstance(module, PackedModule) for module in model.modules()
+        ):  # compressed now or in eval mode
             _prepare_config(self.peft_config[adapter_name], model)
         return inject(self, model, adapter_name, *args, **kwargs)
 
