@@ -161,6 +161,17 @@ def test_a_model_that_is_dequantized_under_its_adapters(pair: Callable[..., Any]
     torch.testing.assert_close(wrapped.merge_and_unload()(ids).logits, logits, rtol=1e-3, atol=1e-4)
 
 
+def test_all_linear_finds_the_compressed_ones(pair: Callable[..., Any], ids: Tensor) -> None:
+    wrapped = peft.get_peft_model(pair()[0], lora(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert not hasattr(wrapped.base_model.model.lm_head, "lora_A")
+    linears = [m for m in wrapped.modules() if isinstance(m, ciuic_hf.CiuicLinear)]
+    assert (
+        len([m for m in wrapped.modules() if type(m).__module__ == "ciuic_hf.hf.adapters.layers"])
+        > len(linears) - 2
+    )
+    assert all(g is not None for g in loss_and_gradients(wrapped, ids)[1].values())
+
+
 def test_copies(pair: Callable[..., Any], ids: Tensor) -> None:
     wrapped = peft.get_peft_model(pair()[0], lora())
     assert torch.equal(copy.deepcopy(wrapped)(ids).logits, wrapped(ids).logits)

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,6 +188,13 @@ def test_a_broken_adapter_is_refused_and_nothing_is_merged(adapted: Callable[...
         model.merge_adapter()
     assert all(torch.equal(tensor, before[name]) for name, tensor in blocks(model).items())
     assert not layers[0].self_attn.o_proj.merged
+
+
+def test_offloaded_weights_are_not_merged(adapted: Callable[..., Any]) -> None:
+    layer = adapted().base_model.model.model.layers[0].self_attn.o_proj
+    layer.base_layer._hf_hook = SimpleNamespace(offload=True)
+    with pytest.raises(CiuicError, match="load the model without offloading"):
+        layer.merge()
 
 
 def test_tied_embeddings_stay_tied(adapted: Callable[..., Any], ids: Tensor) -> None:

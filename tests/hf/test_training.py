@@ -130,7 +130,7 @@ def trained(model: Any) -> dict[str, Tensor]:
     "options", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "bf16": True}], ids=str
 )
 def test_trainer_saves_adapters_and_resumes_exactly(
-    options: dict[str, Any], base: Callable[..., Any], ids: Tensor, tmp_path: Path
+    options: dict[str, Any], base: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = adapted(base())
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -146,8 +146,10 @@ def test_trainer_saves_adapters_and_resumes_exactly(
     expected = trained(model)
     for name, tensor in trained(resumed).items():
         torch.testing.assert_close(tensor, expected[name])
-    again = peft.PeftModel.from_pretrained(base(), tmp_path / "checkpoint-6").eval()
-    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=1e-3, atol=1e-3)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "checkpoint-6")
+    loaded = {name: p for name, p in again.named_parameters() if "lora_" in name}
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(p, expected[name]) for name, p in loaded.items())
 
 
 def test_trainer_refuses_a_compressed_model_without_adapters(
