@@ -132,6 +132,8 @@ def test_either_import_order(first: str) -> None:
 import sys
 import {first}
 assert ("peft" in sys.modules) == ({first!r} == "peft")
+import importlib.util
+importlib.util.find_spec("peft")
 import {second}
 import peft, peft.utils, peft.tuners.tuners_utils as tuners
 from ciuic_hf.hf.adapters import hooks

@@ -1,11 +1,8 @@
-"""Which adapters compressed weights can carry; the others are refused before anything is wrapped.
-
-Imports peft, so it is imported when an adapter is injected and not before.
-"""
+"""Which adapters compressed weights can carry; the others are refused before anything is wrapped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -64,7 +61,7 @@ def _check_lora(config: Any) -> None:
             )
 
 
-def _check_trained_whole(config: Any, packed: dict[str, nn.Module]) -> None:
+def _check_trained_whole(config: Any, packed: Mapping[str, nn.Module]) -> None:
     """PEFT trains a copy of these modules, or rows of them; of a compressed one there are only bytes."""
     for name in _compressed_among(getattr(config, "modules_to_save", None) or (), packed):
         raise CiuicError(
@@ -80,11 +77,11 @@ def _check_trained_whole(config: Any, packed: dict[str, nn.Module]) -> None:
         )
 
 
-def _compressed_among(names: Iterable[str], packed: dict[str, nn.Module]) -> Iterable[str]:
+def _compressed_among(names: Iterable[str], packed: Mapping[str, nn.Module]) -> Iterable[str]:
     return [full for name in names for full in packed if full == name or full.endswith(f".{name}")]
 
 
-def _check_parameters(targets: Iterable[str], packed: dict[str, nn.Module]) -> None:
+def _check_parameters(targets: Iterable[str], packed: Mapping[str, nn.Module]) -> None:
     for target in targets:
         for name, module in packed.items():
             owns = f"{name}.{target.rpartition('.')[2]}"

@@ -29,7 +29,7 @@ _PREPARE_NAME = "prepare_model_for_kbit_training"
 
 def install() -> None:
     """Wrap what has to be wrapped now if peft is imported, else when it is."""
-    waiting = {_TUNERS: wrap_tuner, _PREPARE: wrap_prepare}
+    waiting: dict[str, Callable[[ModuleType], None]] = {_TUNERS: wrap_tuner, _PREPARE: wrap_prepare}
     for name in list(waiting):
         if name in sys.modules:
             waiting.pop(name)(sys.modules[name])
@@ -42,24 +42,33 @@ class _AfterImport(MetaPathFinder):
 
     def __init__(self, waiting: dict[str, Callable[[ModuleType], None]]) -> None:
         self._waiting = waiting
+        self._asking_others: set[str] = set()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
-        then = self._waiting.pop(name, None)
-        if then is None:
+        if name not in self._waiting or name in self._asking_others:
             return None
-        if not self._waiting:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking_others.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking_others.discard(name)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            then(module)
+            self._loaded(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+    def _loaded(self, module: ModuleType) -> None:
+        wrap = self._waiting.pop(module.__name__, None)
+        if wrap is not None:
+            wrap(module)
+        if not self._waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 def wrap_tuner(module: ModuleType) -> None:
@@ -101,8 +110,8 @@ def _is_compressed(model: Any) -> bool:
 
 def _prepare_config(config: Any, model: Any) -> None:
     """Check what is asked for and name the LoRA layers of compressed modules, beside those that a user named."""
-    from ciuic_hf.hf.adapters import checks  # these two import peft
-    from ciuic_hf.hf.adapters.layers import Embedding, Linear, ParamWrapper
+    from ciuic_hf.hf.adapters import checks
+    from ciuic_hf.hf.adapters.layers import Embedding, Linear, ParamWrapper  # imports peft
     from ciuic_hf.modules.embedding import CiuicEmbedding
     from ciuic_hf.modules.linear import CiuicLinear
 

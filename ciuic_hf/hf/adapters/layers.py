@@ -183,8 +183,8 @@ class ParamWrapper(_Requantises, PeftParamWrapper):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        base = base_layer
-        while hasattr(base, "base_layer"):
+        base: Any = base_layer
+        while hasattr(base, "base_layer"):  # a wrapper of another parameter of the same module
             base = base.base_layer
         name = kwargs.pop("parameter_name", None)
         assert isinstance(base, CiuicExperts)
