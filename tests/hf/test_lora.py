@@ -112,10 +112,13 @@ def test_several_adapters(pair: Callable[..., Any], ids: Tensor) -> None:
         torch.testing.assert_close(compressed(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_an_adapter_starts_where_the_model_is(pair: Callable[..., Any], ids: Tensor) -> None:
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_an_adapter_starts_where_the_model_is(
+    init: bool | str, pair: Callable[..., Any], ids: Tensor
+) -> None:
     compressed, _ = pair()
     logits = compressed(ids).logits
-    config = peft.LoraConfig(r=4, target_modules=LINEARS, target_parameters=EXPERTS)
+    config = peft.LoraConfig(r=4, target_modules=LINEARS, target_parameters=EXPERTS, init_lora_weights=init)
     assert torch.equal(peft.get_peft_model(compressed, config)(ids).logits, logits)
 
 

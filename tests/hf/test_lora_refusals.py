@@ -33,6 +33,7 @@ def model(saved: Callable[[str], Path], load: Callable[..., Any]) -> Any:
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"init_lora_weights": "mica"}, "mica"),
+        ({"init_lora_weights": "orthogonal"}, "orthogonal"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"trainable_token_indices": {"embed_tokens": [1]}}, "trainable_token_indices"),

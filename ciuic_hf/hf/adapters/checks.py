@@ -18,7 +18,7 @@ FORWARD_ONLY = (
 )  # fmt: skip
 """Methods that work on inputs and outputs and never look at a weight: they train, and cannot be merged."""
 
-_INITS = (True, False, "gaussian", "orthogonal", "eva")
+_INITS = (True, False, "gaussian")
 _VARIANTS = {
     "use_dora": "DoRA",
     "kasa_config": "KaSA",
@@ -51,8 +51,8 @@ def check_config(config: Any, model: nn.Module) -> None:
 def _check_lora(config: Any) -> None:
     if config.init_lora_weights not in _INITS:
         raise CiuicError(
-            f"init_lora_weights={config.init_lora_weights!r} starts from the full weight and changes it, which a "
-            'compressed model does not have; use True, "gaussian", "orthogonal" or "eva".'
+            f"init_lora_weights={config.init_lora_weights!r} starts from the full weight or its dtype, which a "
+            'compressed model does not have; use True, False or "gaussian".'
         )
     for option, name in _VARIANTS.items():
         if getattr(config, option, None):
