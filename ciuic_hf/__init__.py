@@ -14,9 +14,11 @@ from ciuic_hf.compressor.compressed import CompressedTensor as CompressedTensor
 from ciuic_hf.compressor.compressor import CiuicCompressor as CiuicCompressor
 from ciuic_hf.errors import CiuicError as CiuicError
 from ciuic_hf.hf import merge as _merge
+from ciuic_hf.hf.adapters import hooks as _adapters
 from ciuic_hf.hf.apply import apply_ciuic_compression as apply_ciuic_compression
 from ciuic_hf.hf.config import CiuicConfig as CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer as CiuicQuantizer
+from ciuic_hf.hf.training import prepare_for_training as prepare_for_training
 from ciuic_hf.memory_calculator import MemoryCalculator as MemoryCalculator
 from ciuic_hf.modules.embedding import CiuicEmbedding as CiuicEmbedding
 from ciuic_hf.modules.experts import CiuicExperts as CiuicExperts
@@ -27,4 +29,5 @@ from ciuic_kernels import tuning as _tuning
 __version__ = "0.1.0"
 
 _merge.install()
+_adapters.install()
 _tuning.add_search_path(_packaged.configs_folder() / "tuned")

@@ -6,8 +6,9 @@ transformers keeps all experts of a layer in two parameters, ``gate_up_proj [E, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +27,42 @@ _UNSUPPORTED = {
 }
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to the experts of a parameter ``[E, N, K]``: ``scale * b[e] @ a[e]``.
+
+    Attributes:
+        a, b: ``[E, R, K]`` and ``[E, N, R]``, floating point.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
 class CiuicExperts(PackedModule):
     """Mixin that computes fused experts from compressed parameters; see :func:`adopt_experts`."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        low_rank: Mapping[str, Sequence[LowRank]] | None = None,
+    ) -> Tensor:
         """Sum of the routed experts' outputs.
 
         Args:
             hidden_states: ``[T, H]``.
             top_k_index: int64 ``[T, k]``; an id of E means no expert.
             top_k_weights: ``[T, k]``.
+            low_rank: adapters, by the parameter that they add to.
 
         Returns:
             ``[T, H]`` in the dtype of ``hidden_states``.
         """
-        gate_up = self._products(hidden_states, top_k_index, "gate_up_proj")
-        down = self._products(self.gate(gate_up), top_k_index, "down_proj")
+        adapters = low_rank or {}
+        gate_up = self._products(hidden_states, top_k_index, "gate_up_proj", adapters)
+        down = self._products(self.gate(gate_up), top_k_index, "down_proj", adapters)
         weighted = down.unflatten(0, top_k_index.shape) * top_k_weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
@@ -50,10 +71,15 @@ class CiuicExperts(PackedModule):
         base: Any = super()
         return base._apply_gate(gate_up)
 
-    def _products(self, x: Tensor, expert_ids: Tensor, name: str) -> Tensor:
+    def _products(
+        self, x: Tensor, expert_ids: Tensor, name: str, adapters: Mapping[str, Sequence[LowRank]]
+    ) -> Tensor:
         arena, tags = getattr(self, name), getattr(self, f"{name}_tags")
         _, rows, cols = self.packed_shapes[name]
-        return ops.expert_linear(x, expert_ids, arena, tags, *self.derived(name), rows, cols)
+        y = ops.expert_linear(x, expert_ids, arena, tags, *self.derived(name), rows, cols)
+        for a, b, scale in adapters.get(name, ()):
+            y = y + ops.expert_low_rank(x, expert_ids, a, b, scale)
+        return y
 
     def dense_class(self) -> type[nn.Module]:
         return type(self).__bases__[1]

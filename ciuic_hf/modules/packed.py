@@ -64,6 +64,19 @@ class PackedModule(nn.Module):
         self.register_parameter(name + TAGS, nn.Parameter(packed.tags, requires_grad=False))
         self._forget(name)
 
+    def replace_bytes(self, name: str, packed: PackedTensor) -> None:
+        """Put other blocks into a compressed parameter; the parameter objects stay, and with them what is tied.
+
+        Raises CiuicError when shape or codecs are others.
+        """
+        old = self.packed(name)
+        if tuple(packed.shape) != tuple(old.shape) or not torch.equal(
+            packed.tags[..., 0].cpu(), old.tags[..., 0].cpu()
+        ):
+            raise CiuicError(f"{name} can only be replaced by blocks of the same shape and codecs.")
+        getattr(self, name).data = packed.arena.to(old.arena.device)
+        getattr(self, name + TAGS).data = packed.tags.to(old.tags.device)
+
     @property
     def is_compressed(self) -> bool:
         """Whether its parameters are compressed now; a CiuicLinear in training may hold full weights."""

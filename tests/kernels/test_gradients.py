@@ -91,3 +91,17 @@ def test_gradients_are_repeatable() -> None:
         ops.expert_linear(x, ids, *w.stored, w.rows, w.cols).square().sum().backward()
         results.append(x.grad)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 20)], ids=str)
+def test_a_result_can_be_written_to_in_place(lead: tuple[int, ...]) -> None:
+    """As that of ``nn.Linear`` can; adapters do it."""
+    w, e = operand((70, 300)), operand((4, 70, 300))
+    x = activations(*lead, w.cols).requires_grad_()
+    y = ops.linear(x, *w.stored, None, w.rows, w.cols)
+    y += 1
+    flat = x.reshape(-1, w.cols)
+    z = ops.expert_linear(flat, torch.zeros(len(flat), 1, dtype=torch.int64), *e.stored, e.rows, e.cols)
+    z += 1
+    (y.sum() + z.sum()).backward()
+    assert x.grad is not None and bool(x.grad.any())

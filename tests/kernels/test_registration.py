@@ -21,6 +21,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
     ids = torch.tensor([[0, 3], [4, 1], [2, 2]])
     x, many = activations(3, w.cols), activations(2, 20, w.cols)
     bias, grad = activations(w.rows), activations(3, w.rows)
+    a, b = activations(4, 2, w.cols).requires_grad_(), activations(4, 7, 2).requires_grad_()
     return {
         "linear": (x, *w.stored, None, w.rows, w.cols),
         "linear-bias": (x.clone().requires_grad_(), *w.stored, bias.requires_grad_(), w.rows, w.cols),
@@ -31,6 +32,9 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "expert_linear": (x, ids, *e.stored, e.rows, e.cols),
         "expert_linear-grad": (x.clone().requires_grad_(), ids, *e.stored, e.rows, e.cols),
         "expert_linear_backward": (activations(6, e.rows), ids, *e.stored, e.cols, 3),
+        "expert_low_rank": (x, ids, a.detach(), b.detach(), 2.0),
+        "expert_low_rank-grad": (x.clone().requires_grad_(), ids, a, b, 2.0),
+        "expert_low_rank_backward": (activations(6, 7), x, ids, a.detach(), b.detach(), 2.0),
         "embedding": (torch.tensor([[0, 69, 5]]), *w.stored, w.rows, w.cols, torch.float32),
         "embedding-bfloat16": (torch.tensor(7), *w.stored, w.rows, w.cols, torch.bfloat16),
         "dequantize": (*w.stored, w.rows, w.cols, torch.float16),
@@ -53,13 +57,17 @@ def test_the_fake_agrees(call: str) -> None:
     real = operator(*arguments)
     meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
     fake = operator(*meta)
-    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    several = isinstance(real, tuple)
+    for one, other in zip(fake if several else [fake], real if several else [real], strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
 def test_every_operator_is_checked() -> None:
     """Each file of ops/ is imported and defines an operator of its own name or more; all are in ``calls``."""
     files = {path.stem for path in Path(ops.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
-    assert files == {"linear", "experts", "embedding", "dequantize"}, "add a new operator to calls()"
+    assert files == {"linear", "experts", "expert_low_rank", "embedding", "dequantize"}, (
+        "add a new operator to calls()"
+    )
     checked = {call.partition("-")[0] for call in calls()}
     defined = {
         name.removeprefix("ciuic::") for name in torch._C._dispatch_get_all_op_names() if "ciuic::" in name
@@ -77,6 +85,9 @@ def compilable(name: str) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]
         return lambda x: ops.expert_linear(x * 2, ids, *e.stored, e.rows, e.cols).relu(), (
             activations(3, e.cols),
         )
+    if name == "expert_low_rank":
+        a, b = activations(4, 2, e.cols), activations(4, 7, 2)
+        return lambda x: ops.expert_low_rank(x * 2, ids, a, b, 2.0).relu(), (activations(3, e.cols),)
     if name == "embedding":
         return lambda t: ops.embedding(t, *w.stored, w.rows, w.cols, torch.bfloat16) * 2, (torch.arange(4),)
     return lambda x: x @ ops.dequantize(*w.stored, w.rows, w.cols, torch.float32).t(), (
@@ -84,7 +95,7 @@ def compilable(name: str) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]
     )
 
 
-@pytest.mark.parametrize("name", ["linear", "expert_linear", "embedding", "dequantize"])
+@pytest.mark.parametrize("name", ["linear", "expert_linear", "expert_low_rank", "embedding", "dequantize"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch._dynamo.reset()
     function, arguments = compilable(name)
@@ -92,7 +103,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     assert torch.equal(compiled(*arguments), function(*arguments))
 
 
-@pytest.mark.parametrize("name", ["linear", "expert_linear"])
+@pytest.mark.parametrize("name", ["linear", "expert_linear", "expert_low_rank"])
 def test_compiles_with_gradients(name: str) -> None:
     torch._dynamo.reset()
     function, (x,) = compilable(name)

@@ -10,17 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _LIBRARY = torch.library.Library("ciuic", "DEF")
 
 
-def define(implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+def define(implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register ``ciuic::<function name>`` for every device and return the operator.
 
     Args:
         implementation: annotated with the types of the schema; mutates none of its arguments.
-        fake: same arguments, an empty result of the right shape, dtype and device.
+        fake: same arguments, empty results of the right shape, dtype and device.
     """
     name = implementation.__name__
     _LIBRARY.define(name + torch.library.infer_schema(implementation, mutates_args=()))

@@ -35,6 +35,21 @@ def check_input(x: Tensor, cols: int, arena: Tensor) -> None:
         raise ValueError(f"x is on {x.device}, the compressed weight on {arena.device}; move one of them.")
 
 
+def reshaped(fresh: Tensor, lead: torch.Size) -> Tensor:
+    """``[M, N]`` as ``[*lead, N]`` and not as a view: autograd lets nobody write in place to an operator's view."""
+    return torch.ops.aten._unsafe_view.default(fresh, [*lead, fresh.shape[1]])
+
+
+def row_fan(operator: str, x: Tensor, expert_ids: Tensor) -> int:
+    """How many expert rows each row of x serves: k for x ``[T, K]``, 1 for ``[T * k, K]``. Raises ValueError."""
+    if x.dim() != 2 or expert_ids.dim() != 2 or x.shape[0] not in (expert_ids.shape[0], expert_ids.numel()):
+        raise ValueError(
+            f"{operator} needs x [T, K] or [T * k, K] and expert_ids [T, k], "
+            f"got {list(x.shape)} and {list(expert_ids.shape)}."
+        )
+    return expert_ids.shape[1] if x.shape[0] == expert_ids.shape[0] else 1
+
+
 class Matrix(NamedTuple):
     """One matrix ``[rows, cols]`` of a compressed parameter.
 

@@ -16,6 +16,7 @@ from ciuic_kernels.ops._products import (
     dense_product,
     dense_transposed_product,
     fused_product,
+    row_fan,
 )
 from ciuic_kernels.selection import EXPERTS
 
@@ -75,7 +76,7 @@ def expert_linear(
     """
     check_input(x, cols, arena)
     experts, pairs = tags.shape[0], expert_ids.numel()
-    fan = _fan(x, expert_ids)
+    fan = row_fan("expert_linear", x, expert_ids)
     if pairs and use_triton(x.device):
         choice = product_choice(EXPERTS, ceil_div(pairs, experts), rows * cols, x.dtype, x.device)
         if choice.launch is not None:
@@ -100,16 +101,6 @@ def expert_linear(
         here = torch.tensor(members, device=x.device)
         out[here] = dense_product(x[here // fan], matrix._replace(which=expert))
     return out
-
-
-def _fan(x: Tensor, expert_ids: Tensor) -> int:
-    """Expert rows for each row of x."""
-    if x.dim() != 2 or expert_ids.dim() != 2 or x.shape[0] not in (expert_ids.shape[0], expert_ids.numel()):
-        raise ValueError(
-            f"expert_linear needs x [T, K] or [T * k, K] and expert_ids [T, k], "
-            f"got {list(x.shape)} and {list(expert_ids.shape)}."
-        )
-    return expert_ids.shape[1] if x.shape[0] == expert_ids.shape[0] else 1
 
 
 def _expert_linear_fake(

@@ -15,6 +15,7 @@ from ciuic_kernels.ops._products import (
     dense_product,
     dense_transposed_product,
     fused_product,
+    reshaped,
 )
 from ciuic_kernels.selection import LINEAR
 
@@ -59,14 +60,14 @@ def linear(
                 x=flat.contiguous(), arena=arena, tags=tags, work=work, kinds=kinds, bias=bias, rows=rows,
                 launch=choice.launch,
             )  # fmt: skip
-            return y.view(*x.shape[:-1], rows)
+            return reshaped(y, x.shape[:-1])
     if use_native(x.device) and 0 < tokens <= NATIVE_ROWS:
         out = fused_product(flat, 1, native.groups_of_all(tokens), matrix)
     else:
         out = dense_product(flat, matrix)
     if bias is not None:
         out = out + bias.to(out.dtype)
-    return out.view(*x.shape[:-1], rows)
+    return reshaped(out, x.shape[:-1])
 
 
 def _linear_fake(
@@ -92,7 +93,7 @@ def linear_backward(
     """Gradient with respect to x: ``grad [..., N] @ W`` as ``[..., K]``."""
     flat = grad.reshape(-1, grad.shape[-1])
     matrix = Matrix(arena, tags, offsets, work, kinds, flat.shape[1], cols)
-    return dense_transposed_product(flat, matrix).view(*grad.shape[:-1], cols)
+    return reshaped(dense_transposed_product(flat, matrix), grad.shape[:-1])
 
 
 def _linear_backward_fake(

@@ -1,0 +1,1 @@
+"""PEFT on compressed models; nothing here imports peft before the user does."""
