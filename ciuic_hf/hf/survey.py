@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import SkipParameters, convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from ciuic_hf.checkpoint import TensorHeader
@@ -72,6 +71,8 @@ def survey(
 def _count(
     model: Any, headers: Sequence[TensorHeader], block: fp8.Block | None, targets: Sequence[Target]
 ) -> dict[str, Tensor]:
+    from transformers.modeling_utils import LoadStateDictConfig  # late: it imports Triton
+
     logger.info("Reading the weights once before they are loaded, to count their zeros.")
     counter = _Counter(targets)
     experts = {t.parameter for t in targets if len(t.shape) == 3}
