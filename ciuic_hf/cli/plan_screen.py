@@ -48,6 +48,8 @@ def _headline(found: dict[str, Any]) -> str:
 
 def _files(files: dict[str, Any]) -> str:
     dtypes = ", ".join(f"{name} {human_bytes(nbytes)}" for name, nbytes in files["dtypes"].items())
+    if len(files["absent"]) == files["count"]:
+        return f"Weights: {files['count']} files by the index, none of them here."
     absent = f"; {len(files['absent'])} of them are not here yet" if files["absent"] else ""
     number = f"{files['count']} files" if files["count"] > 1 else "1 file"
     return f"Weights as published: {human_bytes(files['nbytes'])} in {number} ({dtypes}){absent}."

@@ -236,7 +236,7 @@ def write_headers(repository: str, out_dir: Path | str) -> Path:
             room = SHARD_NBYTES
         shards[-1].append(entry)
         room, total = room - nbytes, total + nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         path = out_dir / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(path, shard)

@@ -54,7 +54,7 @@ def _check_budget(asked_bits: bool, policy: object, plan: object, memory: object
 def _parse_memory(memory: Any) -> int | str | dict[int | str, int] | None:
     """Bytes, bytes by device, ``"auto"`` or None. Raises CiuicError."""
     if memory is None or memory == AUTO:
-        return memory  # type: ignore[no-any-return]
+        return memory
     if not isinstance(memory, Mapping):
         return parse_size(memory)
     if not memory:

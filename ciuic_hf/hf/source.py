@@ -148,7 +148,6 @@ def _download_config(name: str, revision: str | None) -> Path:
 
 def _remote(name: str, revision: str | None) -> tuple[list[TensorHeader], int, tuple[str, ...]]:
     """Headers of a hub repository, by range requests."""
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -157,13 +156,16 @@ def _remote(name: str, revision: str | None) -> tuple[list[TensorHeader], int, t
         SafetensorsParsingError,
     )
 
+    any_http_error = HfHubHTTPError.__bases__[
+        0
+    ]  # httpx's, whose name changes between releases of the hub's client
     try:
         found = HfApi().get_safetensors_metadata(name, revision=revision)
     except NotASafetensorsRepoError:
         raise CiuicError(f"{name} has no safetensors files on the hub; Ciuic reads no others.") from None
     except SafetensorsParsingError as error:
         raise CiuicError(f"{name} has a damaged safetensors header on the hub: {error}") from None
-    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled) as error:
+    except (any_http_error, OfflineModeIsEnabled) as error:
         raise CiuicError(
             f"The headers of {name} cannot be read from the hub ({type(error).__name__}); try again, or give a "
             "directory."

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import serving
 
 from ciuic_hf.demo.published import CONFIGS, write_headers
+from tests.plan.hub import serving
 
 REPOSITORY = "deepseek-ai/DeepSeek-V2-Lite"
 _SCRIPT = """
