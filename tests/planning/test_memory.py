@@ -85,7 +85,7 @@ def test_scores_are_counted_where_they_are_formed(config: dict[str, Any], run: R
     """Of what grows with the square of the context nothing else is as large: masks are the rest."""
     step, grown = 100_000, footprint(config, 200_000, run=run).total
     squares = (grown - 2 * footprint(config, step, run=run).total) / (2 * step**2)
-    assert scores <= squares / 1.02 <= scores + 6
+    assert scores - 0.01 <= squares / 1.02 <= scores + 6
 
 
 def test_parts_are_what_each_adds_to_the_others() -> None:
@@ -93,7 +93,8 @@ def test_parts_are_what_each_adds_to_the_others() -> None:
     found = footprint(LLAMA, 4096)
     assert found.activations == 4096 * (4 * 4096 + 3 * 14336) * 2
     assert found.attention == 0
-    assert footprint(V3, 4096).attention > 0
+    assert footprint(V3, 4096).attention == 0
+    assert footprint(V3, 4096, run=Run(device="cpu")).attention > 0
 
 
 @given(st.integers(1, 200_000), st.integers(1, 64), st.sampled_from([V3, LLAMA]))
