@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ciuic_hf.checkpoint import (
     TensorHeader,
@@ -156,9 +156,8 @@ def _remote(name: str, revision: str | None) -> tuple[list[TensorHeader], int, t
         SafetensorsParsingError,
     )
 
-    any_http_error = HfHubHTTPError.__bases__[
-        0
-    ]  # httpx's, whose name changes between releases of the hub's client
+    # httpx's own, which is another module in other releases of huggingface_hub
+    any_http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     try:
         found = HfApi().get_safetensors_metadata(name, revision=revision)
     except NotASafetensorsRepoError:
