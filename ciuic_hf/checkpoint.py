@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,8 @@ def read_header(path: Path) -> list[TensorHeader]:
         except (TypeError, ValueError):
             raise CiuicError(f"{path} has a damaged safetensors header; download or copy it again.") from None
     header.pop("__metadata__", None)
-    tensors = [_tensor(name, entry, path) for name, entry in header.items()]
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    tensors = [tensor_header(name, entry, path) for name, entry in header.items()]
+    expected = 8 + length + data_nbytes(header, tensors, path)
     if size != expected:
         raise CiuicError(
             f"{path} is truncated: it has {size:,} bytes and its header describes {expected:,}; download it again."
@@ -62,7 +62,16 @@ def read_header(path: Path) -> list[TensorHeader]:
     return tensors
 
 
-def _tensor(name: str, entry: dict, path: Path) -> TensorHeader:
+def data_nbytes(entries: Mapping[str, dict], tensors: list[TensorHeader], path: Path) -> int:
+    """Bytes after the header. Raises CiuicError when the tensors leave holes in them or overlap."""
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if sum(tensor.nbytes for tensor in tensors) != end:
+        raise CiuicError(f"{path}: the tensors of its header overlap or leave holes; download it again.")
+    return end
+
+
+def tensor_header(name: str, entry: dict, path: Path) -> TensorHeader:
+    """One entry of a safetensors header. Raises CiuicError when it contradicts itself."""
     try:
         begin, end = entry["data_offsets"]
         nbytes, shape = end - begin, tuple(entry["shape"])

@@ -21,11 +21,16 @@ def read_preset(name: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def card_nbytes(name: str) -> int:
-    """Bytes of a card of ``configs/cards.json`` that a program can use. Raises CiuicError for another name."""
-    preset = read_preset("cards")
-    cards = {key.lower(): card for key, card in preset["cards"].items()}
+def card_named(name: str) -> str:
+    """The name as ``configs/cards.json`` writes it. Raises CiuicError for one that is not there."""
+    cards = {key.lower(): key for key in read_preset("cards")["cards"]}
     if name.lower() not in cards:
-        known = ", ".join(preset["cards"])
+        known = ", ".join(read_preset("cards")["cards"])
         raise CiuicError(f'No card is named {name!r}; choose one of {known}, or say --memory "22GiB".')
-    return int(cards[name.lower()]["mib"] - preset["reserved_mib"]) << 20
+    return cards[name.lower()]
+
+
+def card_nbytes(name: str) -> int:
+    """Bytes of a card that a model may take. Raises CiuicError for an unknown one."""
+    preset = read_preset("cards")
+    return int(preset["cards"][card_named(name)]["mib"] - preset["reserved_mib"]) << 20

@@ -53,7 +53,7 @@ _CONFIG_FIELDS = (
     "vocab_size",
 )
 
-_BF16_MATRICES = ("embed_tokens.weight", "head.weight", "mlp.gate.weight", "eh_proj.weight")
+BF16_MATRICES = ("embed_tokens.weight", "head.weight", "mlp.gate.weight", "eh_proj.weight")
 
 
 def official_config(config: DeepseekV3Config, *, fp8: bool, ue8m0: bool = False) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def write_configs(config: DeepseekV3Config, out_dir: Path, *, fp8: bool, ue8m0: 
 
 def stored_as_fp8(name: str, tensor: torch.Tensor) -> bool:
     """Whether the official FP8 files hold this tensor in FP8."""
-    return tensor.ndim == 2 and not name.endswith(_BF16_MATRICES)
+    return tensor.ndim == 2 and not name.endswith(BF16_MATRICES)
 
 
 def stored_tensors(

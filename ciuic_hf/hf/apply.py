@@ -99,7 +99,12 @@ def _choose_for_transformers(
     model: Any, config: CiuicConfig, ties: Mapping[str, str]
 ) -> tuple[list[Target], list[Kept]]:
     """As from_pretrained does."""
-    choice = choose(model, config, model.dtype, survey=partial(count_pruned, model), ties=ties)
+    if config.memory is not None and not isinstance(config.memory, int):
+        raise CiuicError(
+            f'memory must be one size for a loaded model, such as "22GiB", got {config.memory!r}.'
+        )
+    look = partial(count_pruned, model)
+    choice = choose(model, config, model.dtype, device=model.device.type, survey=look, ties=ties)
     if config.memory is not None or config.plan is not None or config.policy == ADAPTIVE:
         config.bits = choice.bits  # what config.json will say was asked for
     return choice.targets, choice.kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor
 from ciuic_hf.config import ADAPTIVE, MAX_BITS, MIN_BITS
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.config import CiuicConfig
-from ciuic_hf.modules.allocation import TABLES, Survey, adapt_targets, allocate_targets, is_pooled
+from ciuic_hf.hf.placing import TooSmallError, layers_on, place_of, split_beside
+from ciuic_hf.modules.allocation import TABLES, Place, Survey, adapt_targets, allocate_targets, is_pooled
 from ciuic_hf.modules.targets import Kept, Target, find_targets
-from ciuic_hf.planning.memory import Footprint, footprint, largest_fitting
+from ciuic_hf.planning.memory import Footprint, Run, footprint, largest_fitting
 from ciuic_hf.planning.plan import ModelPlan
 from ciuic_hf.planning.rate_distortion import MENU
 from ciuic_hf.planning.sensitivity import Sensitivity
-from ciuic_hf.report import human_bytes
 from ciuic_kernels import BlockGrid, codec_by_name
-from ciuic_kernels.format import ceil_div
+from ciuic_kernels.layout import arena_nbytes
 from ciuic_kernels.work import work_nbytes
 
 OFFSET_NBYTES = 8  # of a strip, derived at load
@@ -31,23 +32,30 @@ class Choice:
     """What becomes of a model.
 
     Attributes:
-        kept_nbytes: of all parameters and buffers that are not compressed.
+        kept_nbytes: parameter or buffer that is not compressed -> bytes.
         error: predicted KL in nats per token, None unless sensitivities were measured.
         beside: what generation takes beside the weights, None when it was not asked for.
+        run: how that is generated.
         tied: names of targets that share their bytes with another.
     """
 
     targets: list[Target]
     kept: list[Kept]
-    kept_nbytes: int
+    kept_nbytes: Mapping[str, int]
     error: float | None
     beside: Footprint | None
+    run: Run
     tied: frozenset[str]
 
     @property
     def compressed_nbytes(self) -> int:
         """Arenas and tags, tied ones once."""
-        return sum(stored_nbytes(t) for t in self.targets if t.name not in self.tied)
+        return sum(stored_nbytes(t) for t in self.stored)
+
+    @property
+    def stored(self) -> list[Target]:
+        """Targets with bytes of their own."""
+        return [t for t in self.targets if t.name not in self.tied]
 
     @property
     def bits(self) -> float:
@@ -59,8 +67,11 @@ class Choice:
 
     def budget(self) -> dict[str, int]:
         """Bytes by purpose, of the whole model on one device."""
-        purposes = {"compressed weights": self.compressed_nbytes, "kept weights": self.kept_nbytes}
-        purposes["block tables"] = sum(_derived_nbytes(t) for t in self.targets if t.name not in self.tied)
+        purposes = {
+            "compressed weights": self.compressed_nbytes,
+            "kept weights": sum(self.kept_nbytes.values()),
+        }
+        purposes["block tables"] = sum(derived_nbytes(t) for t in self.stored)
         return purposes | (dict(vars(self.beside)) if self.beside else {})
 
     def plan(self, settings: dict[str, Any]) -> ModelPlan:
@@ -75,6 +86,8 @@ def choose(
     dtype: torch.dtype | None = None,
     context: int | None = None,
     batch: int = 1,
+    device: str = "cuda",
+    device_map: Mapping[str, Place] | None = None,
     survey: Survey | None = None,
     ties: Mapping[str, str] | None = None,
 ) -> Choice:
@@ -84,6 +97,8 @@ def choose(
         model: its weights are not looked at, they may be on the meta device.
         dtype: that the model will compute in.
         context, batch: what generation is counted for where the config does not say.
+        device: type of the device that the model will run on.
+        device_map: prefix of a name -> device, where memory is given for each.
         survey: looks at the weights, to find those that were pruned; by default none were.
         ties: as ``find_targets`` takes them.
 
@@ -91,32 +106,22 @@ def choose(
         CiuicError: for settings, sensitivities or a plan that do not fit the model, a budget that is too small, or
             ``adaptive`` without a survey.
     """
-    in_float32 = kept_in_float32(model)
-    targets, kept = find_targets(model, config.intent, in_float32, ties)
-    targets = adapt_targets(targets, survey or _blind)
-    names = {t.name for t in targets}
-    tied = frozenset(names & set(getattr(model, "all_tied_weights_keys", {}) if ties is None else ties))
-    kept_nbytes = sum(
-        p.numel() * (4 if any(part in name for part in in_float32) else p.element_size())
-        for name, p in [*model.named_parameters(), *model.named_buffers()]
-        if name not in names
-    )
-    if config.context is not None:
-        context, batch = config.context, config.batch
-    text, element = model.config.get_text_config().to_dict(), (dtype or torch.get_default_dtype()).itemsize
-    beside = footprint(text, context, batch, element) if context is not None else None
-    choice = Choice(targets, kept, kept_nbytes, None, beside, tied)
+    choice = uniform_choice(model, config, dtype, context, batch, device, ties)
+    choice = replace(choice, targets=adapt_targets(choice.targets, survey or _blind))
     if config.plan is not None:
         plan = ModelPlan.load(config.plan)
-        plan.check({t.name: tuple(t.shape) for t in targets})
-        followed = [replace(t, codec_ids=plan.codecs[t.name]) for t in targets]
+        plan.check({t.name: tuple(t.shape) for t in choice.targets})
+        followed = [replace(t, codec_ids=plan.codecs[t.name]) for t in choice.targets]
         return replace(choice, targets=followed, error=plan.error)
     if config.policy == "uniform":
         return choice
     measured = Sensitivity.load(config.sensitivity) if config.sensitivity else None
-    budget = None if config.memory is None else _room(choice, config, text, element)
-    nonzeros = survey([t for t in targets if is_pooled(t, config.intent)], False) if survey else None
-    allocated, error = allocate_targets(targets, config.intent, measured, budget, nonzeros)
+    rooms, place = None, place_of(device_map or {"": ""})
+    if config.memory is not None:
+        text = model.config.get_text_config().to_dict()
+        rooms = _rooms(choice, config, text, device_map or {"": ""})
+    nonzeros = survey([t for t in choice.targets if is_pooled(t, config.intent)], False) if survey else None
+    allocated, error = allocate_targets(choice.targets, config.intent, measured, rooms, place, nonzeros)
     return replace(choice, targets=allocated, error=error)
 
 
@@ -126,16 +131,64 @@ def _blind(_targets: Sequence[Target], _thorough: bool) -> Mapping[str, Tensor]:
     )
 
 
+def uniform_choice(
+    model: Any,
+    config: CiuicConfig,
+    dtype: torch.dtype | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    device: str = "cuda",
+    ties: Mapping[str, str] | None = None,
+) -> Choice:
+    """What is compressed and what is kept, with the codecs of the uniform plan; arguments as in :func:`choose`."""
+    in_float32 = kept_in_float32(model)
+    targets, kept = find_targets(model, config.intent, in_float32, ties)
+    names = {t.name for t in targets}
+    tied = frozenset(names & set(getattr(model, "all_tied_weights_keys", {}) if ties is None else ties))
+    kept_nbytes = {
+        name: p.numel() * (4 if any(part in name for part in in_float32) else p.element_size())
+        for name, p in [*model.named_parameters(), *model.named_buffers()]
+        if name not in names
+    }
+    if config.context is not None:
+        context, batch = config.context, config.batch
+    run = run_of(model, dtype, device)
+    text = model.config.get_text_config().to_dict()
+    beside = footprint(text, context, batch, run) if context is not None else None
+    return Choice(targets, kept, kept_nbytes, None, beside, run, tied)
+
+
+def run_of(model: Any, dtype: torch.dtype | None, device: str) -> Run:
+    """How a model will generate on a type of device."""
+    eager = model.config._attn_implementation == "eager"
+    element = (dtype or torch.get_default_dtype()).itemsize
+    kind = "cpu" if device == "cpu" else "cuda"
+    return Run(element_nbytes=element, device=kind, path="eager" if eager else None)
+
+
 def stored_nbytes(target: Target) -> int:
     """Arena and tags of a target."""
     grid = BlockGrid(target.shape)
     return target.arena_nbytes + grid.tags_nbytes
 
 
-def _derived_nbytes(target: Target) -> int:
+def derived_nbytes(target: Target) -> int:
     """Strip offsets, and the work table that a GPU needs."""
     grid = BlockGrid(target.shape)
     return OFFSET_NBYTES * (grid.matrices * grid.strips + 1) + work_nbytes(grid)
+
+
+@lru_cache(maxsize=1024)  # the layers of a model repeat a few shapes
+def _smallest_arena(shape: tuple[int, ...]) -> int:
+    grid = BlockGrid(shape)
+    ids = torch.full(grid.tags_shape[:-1], codec_by_name(MENU[0]).id, dtype=torch.uint8)
+    return arena_nbytes(ids, grid)
+
+
+def smallest_nbytes(target: Target) -> int:
+    """Arena and tags of a target when every block takes the cheapest codec of the menu."""
+    grid = BlockGrid(target.shape)
+    return grid.matrices * _smallest_arena(target.shape[-2:]) + grid.tags_nbytes
 
 
 def kept_in_float32(model: Any) -> list[str]:
@@ -144,41 +197,46 @@ def kept_in_float32(model: Any) -> list[str]:
     return sorted(set(names))
 
 
-def _room(choice: Choice, config: CiuicConfig, text: dict[str, Any], element: int) -> int:
-    """Bytes that a memory budget leaves for the weights chosen by importance. Raises CiuicError when too few."""
-    assert config.memory is not None
-    intent = config.intent
-    pool = [t for t in choice.targets if is_pooled(t, intent) and intent.key(t.name, t.role) is None]
-    pooled = {t.name for t in pool}
-    taken = sum(choice.budget().values()) - choice.compressed_nbytes
-    taken += sum(stored_nbytes(t) for t in choice.targets if t.name not in pooled | choice.tied)
-    room = config.memory - taken
-    smallest = sum(_smallest_nbytes(t) for t in pool)
-    if room < smallest:
-        raise CiuicError(_too_small(choice, config, taken + smallest, text, element))
-    return room
+def fixed_and_smallest(
+    choice: Choice, config: CiuicConfig, device_map: Mapping[str, Place]
+) -> tuple[dict[Place, int], dict[Place, int]]:
+    """Bytes on each device that no budget can change, weights only; and the least that the others can take."""
+    place, intent = place_of(device_map), config.intent
+    fixed: dict[Place, int] = dict.fromkeys(device_map.values(), 0)
+    smallest = dict(fixed)
+    for name, nbytes in choice.kept_nbytes.items():
+        fixed[place(name)] += nbytes
+    for target in choice.stored:
+        where = place(target.name)
+        fixed[where] += derived_nbytes(target)
+        if is_pooled(target, intent) and intent.key(target.name, target.role) is None:
+            smallest[where] += smallest_nbytes(target)
+        else:
+            fixed[where] += stored_nbytes(target)
+    return fixed, smallest
 
 
-def _smallest_nbytes(target: Target) -> int:
-    ids = torch.full(
-        BlockGrid(target.shape[-2:]).tags_shape[:-1], codec_by_name(MENU[0]).id, dtype=torch.uint8
-    )
-    return stored_nbytes(replace(target, codec_ids=ids))
-
-
-def _too_small(choice: Choice, config: CiuicConfig, needed: int, text: dict[str, Any], element: int) -> str:
-    """Why a budget does not do, and what would."""
-    assert config.memory is not None and choice.beside is not None
-    beside, weights = choice.beside.total, needed - choice.beside.total
-    ways = [f'memory="{ceil_div(needed, 1 << 20)}MiB"']
-    context = largest_fitting(text, config.memory - weights, element, batch=config.batch)
-    if context > 0:
-        ways.append(f"context={context}")
-    return (
-        f"The smallest plan needs {human_bytes(needed)} and memory is {human_bytes(config.memory)}: "
-        f"{human_bytes(weights)} for weights and {human_bytes(beside)} for generating with context={config.context} "
-        f"and batch={config.batch}; use {' or '.join(ways)}, or bits with a device_map that offloads modules."
-    )
+def _rooms(
+    choice: Choice, config: CiuicConfig, text: Mapping[str, Any], device_map: Mapping[str, Place]
+) -> dict[Place, int]:
+    """Bytes that the budgets leave for the weights chosen by importance. Raises TooSmallError when too few."""
+    assert choice.beside is not None
+    fixed, smallest = fixed_and_smallest(choice, config, device_map)
+    beside = split_beside(choice.beside, layers_on([t.name for t in choice.targets], device_map))
+    rooms = {}
+    for where, nbytes in fixed.items():
+        memory = config.memory_of(where)
+        rooms[where] = memory - nbytes - beside[where]
+        if rooms[where] < smallest[where]:
+            context = 0
+            if len(fixed) == 1:
+                room = memory - nbytes - smallest[where]
+                context = largest_fitting(text, room, choice.run, batch=config.batch)
+            weights = nbytes + smallest[where]
+            raise TooSmallError(
+                where, memory, weights, beside[where], config.context, config.batch, context, len(fixed) > 1
+            )
+    return rooms
 
 
 def describe(targets: Sequence[Target]) -> dict[str, dict[str, Any]]:

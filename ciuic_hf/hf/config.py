@@ -12,10 +12,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ciuic_hf.config import ADAPTIVE, CompressionIntent, Setting, check_policy
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf.devices import device_key
 from ciuic_hf.planning.memory import parse_size
 from ciuic_kernels import FORMAT_VERSION
 
 METHOD = "ciuic"
+AUTO = "auto"
 _RUNTIME = (
     "source_quantization",
     "sensitivity",
@@ -53,6 +55,17 @@ def _check_budget(asked_bits: bool, policy: object, plan: object, memory: object
         )
 
 
+def _parse_memory(memory: Any) -> int | str | dict[int | str, int] | None:
+    """Bytes, bytes by device, ``"auto"`` or None. Raises CiuicError."""
+    if memory is None or memory == AUTO:
+        return memory
+    if not isinstance(memory, Mapping):
+        return parse_size(memory)
+    if not memory:
+        raise CiuicError('memory={} names no device; give sizes such as {0: "22GiB", 1: "22GiB"}.')
+    return {device_key(device): parse_size(size) for device, size in memory.items()}
+
+
 @register_quantization_config(METHOD)
 class CiuicConfig(QuantizationConfigMixin):
     """Compress a model while it loads.
@@ -71,7 +84,8 @@ class CiuicConfig(QuantizationConfigMixin):
             rate-distortion policy goes by the kind of each weight (``configs/sensitivity.json``).
         plan: file that ``ciuic plan`` wrote, followed exactly: the codec of every block.
         memory: instead of bits: what the model may take while it generates, such as ``"22GiB"``, everything
-            counted that :mod:`ciuic_hf.planning.memory` lists. Bits are chosen to fill it.
+            counted that :mod:`ciuic_hf.planning.memory` lists. Bits are chosen to fill it. ``"auto"`` is what the
+            device has free. ``{0: "22GiB", 1: "46GiB"}`` is for each device of an explicit ``device_map``.
         context, batch: with memory: tokens of a sequence, and how many sequences at once.
 
     Example:
@@ -88,7 +102,7 @@ class CiuicConfig(QuantizationConfigMixin):
         policy: str | None = None,
         sensitivity: str | Path | None = None,
         plan: str | Path | None = None,
-        memory: str | int | None = None,
+        memory: str | int | Mapping[int | str, str | int] | None = None,
         context: int | None = None,
         batch: int = 1,
         quant_method: str = METHOD,
@@ -120,11 +134,22 @@ class CiuicConfig(QuantizationConfigMixin):
             raise CiuicError(f'sensitivity is for policy="rate-distortion", got policy={policy!r} with it.')
         self.sensitivity = str(sensitivity) if sensitivity is not None else None
         self.plan = str(plan) if plan is not None else None
-        self.memory = parse_size(memory) if memory is not None else None
+        self.memory = _parse_memory(memory)
         self.context, self.batch = context, batch
         self.parameters = {name: dict(entry) for name, entry in (parameters or {}).items()}
         self.kept = dict(kept or {})
         self.source_quantization: dict[str, Any] | None = None
+
+    def memory_of(self, device: int | str) -> int:
+        """Bytes that a device may take. Raises CiuicError when memory is given by device and this one has none."""
+        if not isinstance(self.memory, dict):
+            assert isinstance(self.memory, int)
+            return self.memory
+        if device not in self.memory:
+            raise CiuicError(
+                f"memory says nothing of device {device!r}, which device_map uses; add its size."
+            )
+        return self.memory[device]
 
     @property
     def intent(self) -> CompressionIntent:

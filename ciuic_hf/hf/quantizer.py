@@ -21,9 +21,10 @@ from ciuic_hf.config import ADAPTIVE
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8, saving
 from ciuic_hf.hf.choosing import choose, describe
-from ciuic_hf.hf.config import METHOD, CiuicConfig
+from ciuic_hf.hf.config import AUTO, METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
 from ciuic_hf.hf.destination import current_destination
+from ciuic_hf.hf.devices import device_type, explicit_map, free_nbytes
 from ciuic_hf.hf.encoder import Encoder
 from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.hf.stored import check_sizes, fit_names
@@ -65,6 +66,7 @@ class CiuicQuantizer(HfQuantizer):
         model: Any,
         dtype: torch.dtype | None = None,
         checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
         **_: Any,
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
@@ -81,7 +83,7 @@ class CiuicQuantizer(HfQuantizer):
                     fit_names(model, d) for d in (config.parameters, config.kept)
                 )
             else:
-                self._choose(model, config, dtype, headers)
+                self._choose(model, config, dtype, device_map, headers)
         entries = ((name, tuple(e["shape"]), e["arena_nbytes"]) for name, e in config.parameters.items())
         swap_in(model, entries, dtype or torch.get_default_dtype())
         tie_tags(model)
@@ -94,10 +96,19 @@ class CiuicQuantizer(HfQuantizer):
         self._peak = PeakMemory().start()
 
     def _choose(
-        self, model: Any, config: CiuicConfig, dtype: torch.dtype | None, headers: list[TensorHeader]
+        self,
+        model: Any,
+        config: CiuicConfig,
+        dtype: torch.dtype | None,
+        device_map: Any,
+        headers: list[TensorHeader],
     ) -> None:
         """Decide what every parameter becomes and write it into the config."""
-        choice = choose(model, config, dtype, survey=partial(survey, model, headers, self.fp8_block))
+        places = explicit_map(device_map) if isinstance(config.memory, dict) else None
+        if config.memory == AUTO:
+            config.memory = free_nbytes(device_map)
+        look = partial(survey, model, headers, self.fp8_block)
+        choice = choose(model, config, dtype, device=device_type(device_map), device_map=places, survey=look)
         self.codec_ids = {target.name: target.codec_ids for target in choice.targets}
         config.parameters = describe(choice.targets)
         config.kept = {k.name: k.reason for k in choice.kept}

@@ -14,7 +14,9 @@ from ciuic_hf.modules.targets import Target
 from ciuic_hf.planning.priors import prior_sensitivity
 from ciuic_hf.planning.rate_distortion import Weighed, codec_ids_of, plan_blocks
 from ciuic_hf.planning.sensitivity import Sensitivity
-from ciuic_kernels import BlockGrid
+
+Place = str | int
+"""A device, as the keys of max_memory name it."""
 
 Survey = Callable[[Sequence[Target], bool], Mapping[str, Tensor]]
 """Counts the weights of each block that are not zero: name -> int32 ``[..., strips, kblocks]``, of those targets that
@@ -32,7 +34,8 @@ def allocate_targets(
     targets: Sequence[Target],
     intent: CompressionIntent,
     measured: Sensitivity | None = None,
-    budget: int | None = None,
+    budgets: Mapping[Place, int] | None = None,
+    place: Callable[[str], Place] = lambda _: "",
     nonzeros: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Target], float | None]:
     """The same targets with codecs by importance, and the predicted KL in nats per token of those, if measured.
@@ -43,7 +46,9 @@ def allocate_targets(
     Args:
         targets: with the codecs of the uniform plan.
         measured: how much each block matters; without it the kind of each weight decides.
-        budget: bytes for the weights that no key of ``modules`` decides for, in place of ``intent.bits``.
+        budgets: bytes for the weights that no key of ``modules`` decides for, in place of ``intent.bits``, by where
+            they are.
+        place: where a parameter is, by its name.
         nonzeros: parameter name -> weights of each block that are not zero, int32 ``[..., strips, kblocks]``, of
             those that were pruned.
 
@@ -61,11 +66,11 @@ def allocate_targets(
     for key, pool in pools.items():
         bits = intent.setting(pool[0].name, pool[0].role)
         assert isinstance(bits, float)
-        nbytes = sum(int(bits * BlockGrid(t.shape).numel / 8) for t in pool)
         weighed = _weigh(pool, measured, nonzeros or {})
-        plan = plan_blocks(weighed, nbytes if key is not None or budget is None else budget)
-        chosen |= {p.name: codec_ids_of(p, plan.chosen[p.name]) for p in weighed}
-        error += plan.error
+        for budget, part in _parts(weighed, bits, budgets if key is None else None, place):
+            plan = plan_blocks(part, budget)
+            chosen |= {p.name: codec_ids_of(p, plan.chosen[p.name]) for p in part}
+            error += plan.error
     allocated = [replace(t, codec_ids=chosen[t.name]) if t.name in chosen else t for t in targets]
     return allocated, error if measured is not None else None
 
@@ -78,6 +83,18 @@ def adapt_targets(targets: Sequence[Target], survey: Survey) -> list[Target]:
     nonzeros = survey(adaptive, True)
     chosen = {t.name: adaptive_codecs_for(t.shape, nonzeros.get(t.name)) for t in adaptive}
     return [replace(t, codec_ids=chosen.get(t.name, t.codec_ids)) for t in targets]
+
+
+def _parts(
+    pool: list[Weighed], bits: float, budgets: Mapping[Place, int] | None, place: Callable[[str], Place]
+) -> list[tuple[int, list[Weighed]]]:
+    """Weights that share bytes, with these: all of them, or those of one place."""
+    if budgets is None:
+        return [(sum(int(bits * p.grid.numel / 8) for p in pool), pool)]
+    parts: dict[Place, list[Weighed]] = defaultdict(list)
+    for parameter in pool:
+        parts[place(parameter.name)].append(parameter)
+    return [(budgets[where], part) for where, part in parts.items()]
 
 
 def _weigh(pool: list[Target], measured: Sensitivity | None, nonzeros: Mapping[str, Tensor]) -> list[Weighed]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ class Target:
     def name(self) -> str:
         return f"{self.module_name}.{self.parameter}" if self.module_name else self.parameter
 
-    @property
+    @cached_property
     def arena_nbytes(self) -> int:
         """Bytes of the arena, all experts together."""
         grid = BlockGrid(self.shape)

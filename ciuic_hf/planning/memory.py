@@ -1,30 +1,38 @@
 """What a model takes beside its weights while it generates, from its config alone.
 
-Sizes are of transformers' own attention and caches, for a prompt of the whole context in one forward pass:
+Sizes are of transformers' own attention and caches, for a prompt of the whole context in one forward pass of
+sequences of one length. The peak is the cache plus whatever is largest at one moment:
 
 * cache: for each layer and token ``kv_lora_rank + qk_rope_head_dim`` values with multi-head latent attention
-  (arXiv 2405.04434, section 2.1), else ``2 * key-value heads * head size``; and one layer more, because a growing
-  cache is copied. A sliding window is not taken into account.
-* attention: queries, and keys and values of all heads at full length. MLA expands its whole history, twice over:
-  the product of ``kv_b_proj``, and keys joined with their rotary part. Scores are never formed (flash attention).
-* activations: residual, its normalised copy and the gate, up and product of the widest feed-forward part that is
-  dense; of routed experts ``experts per token`` rows for each token.
+  (arXiv 2405.04434, section 2.1), else ``2 * key-value heads * head size``; DeepSeek-V3.2 keeps an indexer key as
+  well. A sliding window is not taken into account.
+* activations, while the feed-forward part gates: the embedding, the residual twice and its normalised copy, and of
+  the widest dense part three times its width. Routed experts have a row for each token and expert of it; their
+  weighted sum is formed in float32.
+* attention: by how much attention exceeds that. MLA expands its whole history: the product of ``kv_b_proj``, and keys
+  joined with their rotary part. Which scores are formed depends on the path, see :data:`PATHS`. The indexer of
+  V3.2 forms ``[tokens, heads, context]`` scores in float32, and expands its keys for every query.
+* workspace: by how much a product that decodes a band of its weight exceeds both.
 * logits: of the last token of each sequence, once in the model's dtype and once in float32.
-* workspace: one band of decoded weights (``ciuic_kernels.ops``), in float32 and in the model's dtype.
 * slack: 2 % of all that for blocks that the allocator cannot use.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ciuic_hf.errors import CiuicError
 
-BAND_WEIGHTS = 4 << 20  # decoded at a time by the products
 SLACK = 0.02
+PATHS = ("flash", "math", "eager")
+"""How attention is computed: without scores in memory; by torch's fallback, which forms them twice in float32 and
+copies queries, keys and values to it; by transformers' eager code, which forms them in the model's dtype and in
+float32 and repeats keys and values for every head."""
+
+_BAND_WEIGHTS = {"cpu": 4 << 20, "cuda": 32 << 20}  # of ciuic_kernels.ops: weights decoded at a time
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -56,10 +64,10 @@ class Footprint:
     """Bytes beside the weights, by purpose; see the module."""
 
     cache: int
-    attention: int
     activations: int
-    logits: int
+    attention: int
     workspace: int
+    logits: int
     slack: int
 
     @property
@@ -67,12 +75,36 @@ class Footprint:
         return sum(vars(self).values())
 
 
-def footprint(config: Mapping[str, Any], context: int, batch: int = 1, element_nbytes: int = 2) -> Footprint:
+@dataclass(frozen=True)
+class Run:
+    """How a model generates.
+
+    Attributes:
+        element_nbytes: of the dtype that the model computes in.
+        cached_nbytes: of one value in the cache on average, None for ``element_nbytes``; less when the cache is
+            compressed, everything it stores counted.
+        device: ``"cuda"`` or ``"cpu"``.
+        path: of :data:`PATHS`; None for what sdpa chooses on the device.
+    """
+
+    element_nbytes: int = 2
+    cached_nbytes: float | None = None
+    device: str = "cuda"
+    path: str | None = None
+
+    def path_of(self, sizes: Sizes) -> str:
+        """The path of attention: CPU kernels without scores need values as wide as keys."""
+        if self.path is not None:
+            return self.path
+        return "math" if self.device == "cpu" and sizes.key_width != sizes.value_width else "flash"
+
+
+def footprint(config: Mapping[str, Any], context: int, batch: int = 1, run: Run | None = None) -> Footprint:
     """What generation needs at ``context`` tokens (prompt and answer together) in ``batch`` sequences.
 
     Args:
         config: a transformers config as a dictionary, of the language model.
-        element_nbytes: of the dtype that the model computes in.
+        run: how; bfloat16 on a GPU unless given.
 
     Raises:
         CiuicError: for a context or batch below 1, or a config that is not of a language model.
@@ -80,64 +112,118 @@ def footprint(config: Mapping[str, Any], context: int, batch: int = 1, element_n
     for name, value in (("context", context), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CiuicError(f"{name} must be a positive integer, got {value!r}.")
-    sizes = _Sizes(config)
-    tokens, element = context * batch, element_nbytes
-    cache = sizes.cached * tokens * element
+    sizes, run = Sizes(config), run or Run()
+    tokens, element = context * batch, run.element_nbytes
+    cached = element if run.cached_nbytes is None else run.cached_nbytes
+    activations = tokens * sizes.feed_forward_nbytes(element)
+    attention = tokens * sizes.attention_nbytes(run, context)
+    product = tokens * sizes.product_nbytes(element) + sizes.band_nbytes(element, run.device, tokens)
     parts = {
-        "cache": cache * (sizes.layers + 1),
-        "attention": sizes.attention * tokens * element,
-        "activations": sizes.activations * tokens * element,
+        "cache": int(cached * sizes.cached * sizes.layers * tokens),
+        "activations": activations,
+        "attention": max(0, attention - activations),
+        "workspace": max(0, product - max(activations, attention)),
         "logits": sizes.vocabulary * batch * (element + 4),
-        "workspace": BAND_WEIGHTS * (element + 4),
     }
     return Footprint(**parts, slack=int(SLACK * sum(parts.values())))
 
 
-def largest_fitting(config: Mapping[str, Any], room: int, element_nbytes: int, **fixed: int) -> int:
-    """The longest context (``batch=`` given) or largest batch (``context=`` given) within ``room``, 0 when none is."""
+def largest_fitting(
+    config: Mapping[str, Any], room: int, run: Run | None = None, limit: int | None = None, **fixed: int
+) -> int:
+    """The longest context (``batch=`` given) or largest batch (``context=`` given) within ``room``, 0 when none is.
+
+    Args:
+        limit: no more than that, such as the longest context that the model was made for.
+    """
     free = "context" if "batch" in fixed else "batch"
+    return largest(lambda value: footprint(config, run=run, **fixed, **{free: value}).total <= room, limit)
 
-    def fits(value: int) -> bool:
-        return footprint(config, **fixed, **{free: value}, element_nbytes=element_nbytes).total <= room
 
+def largest(fits: Callable[[int], bool], limit: int | None = None) -> int:
+    """The largest number up to ``limit`` that fits, 0 when none does; whatever is below one that fits must fit too."""
     low, high = 0, 1
-    while fits(high):
+    while (limit is None or high <= limit) and fits(high):
         low, high = high, 2 * high
+    if limit is not None:
+        high = min(high, limit + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-class _Sizes:
+class Sizes:
     """Values for each token, from the fields of a config.
 
     Attributes:
         cached: of one layer's cache.
-        attention, activations: alive at the worst moment of a layer.
+        expanded: what MLA makes of one cached token in a layer.
+        key_width, value_width: of one head.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         try:
-            self.layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
-            heads, self.vocabulary = int(config["num_attention_heads"]), int(config["vocab_size"])
+            self.layers, self.hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
+            self.heads, self.vocabulary = int(config["num_attention_heads"]), int(config["vocab_size"])
         except (KeyError, TypeError):
             raise CiuicError(
                 f"The memory of a {config.get('model_type', 'model')} cannot be planned: its config lacks hidden_size, "
                 "num_hidden_layers, num_attention_heads or vocab_size; use bits instead."
             ) from None
-        if config.get("kv_lora_rank"):
-            nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
-            value = config["v_head_dim"]
-            self.cached = config["kv_lora_rank"] + rope
-            query = heads * (nope + rope)
-            self.attention = 2 * query + heads * (nope + value) + heads * (nope + rope) + 2 * heads * value
+        self.latent = int(config.get("kv_lora_rank") or 0)
+        self.rotary = int(config["qk_rope_head_dim"]) if self.latent else 0
+        head = config.get("head_dim") or self.hidden // self.heads
+        self.key_width = int(config["qk_nope_head_dim"] + self.rotary) if self.latent else int(head)
+        self.value_width = int(config["v_head_dim"]) if self.latent else int(head)
+        self.shared = int(config.get("num_key_value_heads") or self.heads)
+        self.index_heads = int(config.get("index_n_heads") or 0)
+        self.index_width = int(config.get("index_head_dim") or 0) if self.index_heads else 0
+        kept = self.latent + self.rotary if self.latent else 2 * self.shared * self.key_width
+        self.cached = kept + self.index_width
+        joined = 2 * self.key_width - self.rotary + self.value_width
+        self.expanded = self.heads * joined if self.latent else 0
+        self.dense = int(config.get("intermediate_size") or 4 * self.hidden)
+        self.routed = (
+            int(config.get("num_experts_per_tok") or 0) if config.get("moe_intermediate_size") else 0
+        )
+        self.expert = int(config.get("moe_intermediate_size") or 0)
+
+    def feed_forward_nbytes(self, element: int) -> int:
+        """Of one token, while the widest feed-forward part gates or sums."""
+        dense = 3 * self.dense * element
+        gating = self.routed * 4 * self.expert * element
+        summing = self.routed * (2 * self.expert * element + self.hidden * (element + 4))
+        return 4 * self.hidden * element + max(dense, gating, summing)
+
+    def product_nbytes(self, element: int) -> int:
+        """Of one token, while the second product of a dense part is formed."""
+        return 4 * self.hidden * element + 2 * self.dense * element
+
+    def attention_nbytes(self, run: Run, context: int) -> int:
+        """Of one token, while attention is computed over ``context`` of them."""
+        element, path = run.element_nbytes, run.path_of(self)
+        queries, outputs = self.heads * self.key_width, self.heads * self.value_width
+        if self.latent:
+            alive = 2 * queries + self.heads * self.rotary + self.expanded + 2 * self.cached
+            alive += 0 if path == "eager" else outputs
         else:
-            head = config.get("head_dim") or hidden // heads
-            shared = config.get("num_key_value_heads") or heads
-            self.cached = 2 * shared * head
-            self.attention = 2 * heads * head + 2 * heads * head + heads * head
-        routed = (config.get("num_experts_per_tok") or 0) * (config.get("moe_intermediate_size") or 0)
-        dense = config.get("intermediate_size") or 4 * hidden
-        experts_out = (config.get("num_experts_per_tok") or 0) * hidden if routed else 0
-        self.activations = 3 * hidden + max(3 * dense, 3 * routed + 2 * experts_out)
+            alive = (3 if path == "eager" else 4) * queries + 2 * self.shared * self.key_width
+        nbytes = element * (3 * self.hidden + alive)
+        if path == "math":  # scores before and after softmax, and a mark for each that is minus infinity
+            nbytes += 4 * (3 * queries + outputs) + (4 + 4 + 1) * self.heads * context + 4 * context
+        elif path == "eager":  # a CPU converts to float32 before softmax, a GPU while it reads
+            converted = 4 if run.device == "cpu" else element
+            nbytes += (element + 4 + converted) * self.heads * context + element * context
+        return nbytes + 4 * context * (self.index_width + self.index_heads)
+
+    def step_nbytes(self, run: Run, context: int) -> float:
+        """What the attention of one decoded token reads and writes at least: cache, and history that MLA expands."""
+        cached = run.element_nbytes if run.cached_nbytes is None else run.cached_nbytes
+        return self.layers * context * (cached * self.cached + 2 * run.element_nbytes * self.expanded)
+
+    def band_nbytes(self, element: int, device: str, tokens: int) -> int:
+        """The weights that a product decodes at a time, and its result for them."""
+        weights = min(_BAND_WEIGHTS[device], self.dense * self.hidden)
+        rows = weights // self.hidden
+        return element * weights + (element * tokens * rows if weights < self.dense * self.hidden else 0)

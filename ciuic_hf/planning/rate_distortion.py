@@ -109,6 +109,9 @@ def codec_ids_of(parameter: Weighed, chosen: Chosen) -> Tensor:
     for i, (rows, cols) in enumerate(_areas(grid)):
         low, high, upgraded = (int(values[i]) for values in (chosen.low, chosen.high, chosen.upgraded))
         area = ids[:, rows, cols]
+        if not upgraded:
+            area.fill_(low)
+            continue
         place = torch.arange(area.numel())
         richer = (place + 1) * upgraded // area.numel() > place * upgraded // area.numel()
         area.copy_(torch.where(richer, high, low).view(area.shape))

@@ -1,0 +1,364 @@
+"""``ciuic plan``: everything that can be said of a model, a memory and a context before a weight is read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ciuic_hf.config import MAX_BITS
+from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf import choosing, fp8
+from ciuic_hf.hf.choosing import Choice, choose, fixed_and_smallest, stored_nbytes, uniform_choice
+from ciuic_hf.hf.config import CiuicConfig
+from ciuic_hf.hf.fitting import check_headers
+from ciuic_hf.hf.placing import TooSmallError, layers_on, place_of, split_beside, split_layers
+from ciuic_hf.hf.source import Source
+from ciuic_hf.modules.allocation import TABLES, Place
+from ciuic_hf.planning.forecast import active_share, reference_quality, tokens_per_second
+from ciuic_hf.planning.memory import Footprint, Sizes, footprint, largest
+from ciuic_hf.presets import card_named, card_nbytes, read_preset
+from ciuic_kernels import BlockGrid
+
+COUNTS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for.
+
+    Attributes:
+        memory: bytes of each device, None to go by ``bits``.
+        card: its name in ``configs/cards.json``, None when only a size was given.
+        count: devices of that memory.
+        device: ``"cuda"`` or ``"cpu"``.
+    """
+
+    context: int
+    batch: int = 1
+    memory: int | None = None
+    card: str | None = None
+    count: int = 1
+    bits: float = 4.25
+    sensitivity: Path | None = None
+    device: str = "cuda"
+
+
+def meta_model(source: Source) -> Any:
+    """The model without weights, after checking that its files fit it. Raises CiuicError when they do not."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=source.config.dtype or torch.bfloat16)
+    if source.headers is not None:
+        block = None if source.quantization is None else fp8.block_size(source.quantization)
+        check_headers(model, source.headers, block, complete=not source.absent)
+    return model
+
+
+class Outlook:
+    """A plan for a model, and what else could be chosen.
+
+    Raises:
+        TooSmallError: when the memory of the request is below the smallest plan.
+        CiuicError: for a request that does not fit the model.
+    """
+
+    def __init__(self, source: Source, model: Any, request: Request) -> None:
+        self.source, self.model, self.request = source, model, request
+        self.text: dict[str, Any] = model.config.get_text_config().to_dict()
+        self.limit: int | None = self.text.get("max_position_embeddings")
+        memory: dict[str, Any] = {}
+        self.device_map: dict[str, Place] = {"": 0}
+        if request.count > 1:
+            self.device_map = dict(split_layers(model, self._weights(), request.count))
+        if request.memory is not None:
+            memory = {
+                "memory": dict.fromkeys(range(request.count), request.memory),
+                "context": request.context,
+                "batch": request.batch,
+            }
+        self.config = CiuicConfig(**(memory or {"bits": request.bits}), sensitivity=request.sensitivity)
+        self.choice: Choice = choose(
+            model,
+            self.config,
+            model.dtype,
+            request.context,
+            request.batch,
+            request.device,
+            self.device_map,
+        )
+
+    def _weights(self) -> dict[str, int]:
+        shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(p.shape) for name, p in self.model.named_parameters()
+        }
+        return {name: BlockGrid(shape).numel for name, shape in shapes.items() if len(shape) > 1}
+
+    @cached_property
+    def beside(self) -> Footprint:
+        assert self.choice.beside is not None
+        return self.choice.beside
+
+    @cached_property
+    def _pooled(self) -> dict[Place, int]:
+        """Weights on each device whose codecs the plan chooses."""
+        place, counted = place_of(self.device_map), dict.fromkeys(self.device_map.values(), 0)
+        for target in self.choice.stored:
+            if target.role not in TABLES:
+                counted[place(target.name)] += BlockGrid(target.shape).numel
+        return counted
+
+    @cached_property
+    def _bounds(self) -> tuple[dict[Place, int], dict[Place, int]]:
+        return fixed_and_smallest(self.choice, self.config, self.device_map)
+
+    @cached_property
+    def _layers(self) -> dict[Place, int]:
+        return layers_on([t.name for t in self.choice.targets], self.device_map)
+
+    def _beside(self, context: int, batch: int) -> dict[Place, int]:
+        return split_beside(footprint(self.text, context, batch, self.choice.run), self._layers)
+
+    def weights_on(self, bits: float | None = None) -> dict[Place, int]:
+        """Bytes of everything but generation on each device: of this plan, or at other bits."""
+        own, step = self._own_weights, 0.0 if bits is None else bits - self.choice.bits
+        return {device: own[device] + int(step * n / 8) for device, n in self._pooled.items()}
+
+    @cached_property
+    def _own_weights(self) -> dict[Place, int]:
+        place, nbytes = place_of(self.device_map), dict.fromkeys(self.device_map.values(), 0)
+        for name, kept in self.choice.kept_nbytes.items():
+            nbytes[place(name)] += kept
+        for target in self.choice.stored:
+            nbytes[place(target.name)] += stored_nbytes(target) + choosing.derived_nbytes(target)
+        return nbytes
+
+    def needed(self, bits: float | None = None) -> int:
+        """Bytes that the fullest device needs."""
+        beside = self._beside(self.request.context, self.request.batch)
+        return max(nbytes + beside[device] for device, nbytes in self.weights_on(bits).items())
+
+    def bits_in(self, memory: int) -> float | None:
+        """Bits per weight that fill devices of this memory, None when not even the smallest plan fits."""
+        beside = self._beside(self.request.context, self.request.batch)
+        fixed, smallest = self._bounds
+        total = 0.0
+        for device, weights in self._pooled.items():
+            room = memory - fixed[device] - beside[device]
+            if room < smallest[device]:
+                return None
+            total += min(8 * room, MAX_BITS * weights)
+        return total / max(1, sum(self._pooled.values()))
+
+    def exists(self, bits: float) -> bool:
+        """Whether there is a plan of these bits."""
+        fixed, smallest = self._bounds
+        weights = self.weights_on(bits)
+        return bits <= MAX_BITS and all(weights[d] >= fixed[d] + smallest[d] for d in weights)
+
+    def longest_context(self, memory: int, bits: float | None = None) -> int:
+        """Tokens that fit beside these weights, no more than the model was made for; 0 when none do."""
+        weights = self.weights_on(bits)
+        return largest(lambda n: self._fits(memory, weights, n, self.request.batch), self.limit)
+
+    def largest_batch(self, memory: int) -> int:
+        """Sequences of the asked context that fit beside the plan's weights."""
+        weights = self.weights_on()
+        return largest(lambda n: self._fits(memory, weights, self.request.context, n), 1 << 16)
+
+    def _fits(self, memory: int, weights: Mapping[Place, int], context: int, batch: int) -> bool:
+        beside = self._beside(context, batch)
+        return all(nbytes + beside[device] <= memory for device, nbytes in weights.items())
+
+    @cached_property
+    def step_parts(self) -> tuple[float, float]:
+        """Bytes that one decoding step reads: of weights whose bits the plan chooses, and of everything else."""
+        batch, routed = self.request.batch, int(self.text.get("num_experts_per_tok") or 0)
+        table = _input_embedding(self.model)
+        chosen, other = 0.0, float(sum(n for name, n in self.choice.kept_nbytes.items() if name != table))
+        for target in self.choice.stored:
+            share = active_share(target.shape[0], routed, batch) if len(target.shape) == 3 and routed else 1.0
+            if target.name == table and not self.choice.tied:
+                continue  # a row for each token
+            if target.role in TABLES:
+                other += stored_nbytes(target)
+            else:
+                chosen += share * stored_nbytes(target)
+        return chosen, other + self.history_nbytes
+
+    @cached_property
+    def history_nbytes(self) -> float:
+        """What the attention of one decoding step reads and writes at the asked context."""
+        return self.request.batch * Sizes(self.text).step_nbytes(self.choice.run, self.request.context)
+
+    def speed(self, card: str | None, bits: float | None = None) -> float | None:
+        """Tokens per second that the bandwidth of one card allows; layers on several cards work in turn."""
+        if card is None:
+            return None
+        chosen, other = self.step_parts
+        scale = 1.0 if bits is None else bits / self.choice.bits
+        bandwidth = read_preset("cards")["cards"][card]["gb_per_s"]
+        return tokens_per_second(scale * chosen + other, self.request.batch, bandwidth)
+
+    def kl(self, bits: float | None = None) -> float | None:
+        """KL that measured sensitivities predict, at these bits in place of the plan's; None without them."""
+        if self.request.sensitivity is None or bits is None:
+            return self.choice.error
+        config = CiuicConfig(bits=bits, sensitivity=self.request.sensitivity)
+        return choose(self.model, config, self.model.dtype, device=self.request.device).error
+
+    def roles(self) -> dict[str, dict[str, Any]]:
+        weights: dict[str, int] = defaultdict(int)
+        nbytes: dict[str, int] = defaultdict(int)
+        for target in self.choice.stored:
+            weights[target.role] += BlockGrid(target.shape).numel
+            nbytes[target.role] += stored_nbytes(target)
+        return {
+            role: {"weights": count, "nbytes": nbytes[role], "bits": 8 * nbytes[role] / count}
+            for role, count in weights.items()
+        }
+
+    def budget(self) -> dict[str, int]:
+        """Bytes by purpose, all devices together."""
+        purposes = self.choice.budget()
+        beside = sum(self._beside(self.request.context, self.request.batch).values())
+        more = beside - self.beside.total
+        return purposes | ({"on each further device": more} if more > 0 else {})
+
+
+def _input_embedding(model: Any) -> str | None:
+    """The name of the token table."""
+    table = model.get_input_embeddings()
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is table), None)
+
+
+def alternatives(outlook: Outlook) -> list[dict[str, Any]]:
+    """The next cheaper and dearer choices: a bit less and more, the next smaller and larger card.
+
+    Each with memory of one device, bits, what the quality would be, the longest context and the bound on speed. A
+    bit less or more is of the asked memory, if there is one; a card is filled at the asked context.
+    """
+    request, bits = outlook.request, outlook.choice.bits
+    rows = []
+    for name, step in (("1 bit less", -1.0), ("this plan", 0.0), ("1 bit more", 1.0)):
+        if outlook.exists(bits + step) or not step:
+            other = bits + step if step else None
+            row = _row(outlook, name, outlook.needed(other), bits + step, other, request.card)
+            memory = row["memory"] if request.memory is None else request.memory
+            rows.append(row | {"longest_context": outlook.longest_context(memory, other)})
+    sizes = sorted((card_nbytes(card), card) for card in read_preset("cards")["cards"])
+    here = request.memory if request.memory is not None else outlook.needed()
+    smaller = [entry for entry in sizes if entry[0] < 0.95 * here]
+    larger = [entry for entry in sizes if entry[0] > (1.05 * here if request.memory else here)]
+    for nbytes, card in (*smaller[-1:], *larger[:1]):
+        fitting = outlook.bits_in(nbytes)
+        name = f"{request.count} x {card}" if request.count > 1 else card
+        if fitting is None:
+            rows.append({"choice": name, "memory": nbytes, "bits": None})
+        else:
+            row = _row(outlook, name, nbytes, fitting, fitting, card)
+            rows.append(row | {"longest_context": request.context})
+    return rows
+
+
+def _row(
+    outlook: Outlook, name: str, memory: int, bits: float, other: float | None, card: str | None
+) -> dict[str, Any]:
+    """One choice; ``other`` are its bits where they are not the plan's."""
+    return {
+        "choice": name,
+        "memory": memory,
+        "bits": bits,
+        "predicted_kl": outlook.kl(other),
+        "reference": reference_quality(bits),
+        "tokens_per_second": outlook.speed(card, other),
+    }
+
+
+def setups_that_fit(model: Any, request: Request) -> list[str]:
+    """Cards, as few as possible of each, that the smallest plan fits on, cheapest memory first; at most three."""
+    found: list[tuple[int, str]] = []
+    weights = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+    config = CiuicConfig(bits=request.bits)
+    choice = uniform_choice(model, config, model.dtype, request.context, request.batch, request.device)
+    assert choice.beside is not None
+    for card in read_preset("cards")["cards"]:
+        for count in COUNTS:
+            try:
+                places: Mapping[str, Place] = {"": 0} if count == 1 else split_layers(model, weights, count)
+            except CiuicError:
+                break
+            fixed, smallest = fixed_and_smallest(choice, config, places)
+            beside = split_beside(choice.beside, layers_on([t.name for t in choice.targets], places))
+            if all(fixed[d] + smallest[d] + beside[d] <= card_nbytes(card) for d in fixed):
+                found.append((count * card_nbytes(card), f"{count} x {card}"))
+                break
+    return [name for _, name in sorted(found)[:3]]
+
+
+def smaller_requests(model: Any, request: Request, error: TooSmallError) -> dict[str, int]:
+    """What fits into the memory of a request that was refused: a context, or a batch."""
+    ways = {}
+    if error.context:
+        ways["context"] = error.context
+    if request.batch > 1 and request.count == 1 and request.memory is not None:
+        text = model.config.get_text_config().to_dict()
+        run = choosing.run_of(model, model.dtype, request.device)
+        room = request.memory - error.weights
+        batch = largest(lambda n: footprint(text, request.context, n, run).total <= room, request.batch - 1)
+        if batch:
+            ways["batch"] = batch
+    return ways
+
+
+def describe(outlook: Outlook) -> dict[str, Any]:
+    """Everything as plain data."""
+    request, choice, source = outlook.request, outlook.choice, outlook.source
+    budget = outlook.budget()
+    memory = None if request.memory is None else request.count * request.memory
+    chosen, other = outlook.step_parts
+    found: dict[str, Any] = {
+        "model": source.name,
+        "fits": True,
+        "memory": memory,
+        "card": request.card,
+        "count": request.count,
+        "context": request.context,
+        "batch": request.batch,
+        "bits": choice.bits,
+        "predicted_kl": choice.error,
+        "reference_quality": reference_quality(choice.bits),
+        "nbytes": sum(budget.values()),
+        "budget": budget,
+        "roles": outlook.roles(),
+        "step_nbytes": int(chosen + other),
+        "step_history_nbytes": int(outlook.history_nbytes),
+        "tokens_per_second": outlook.speed(request.card),
+        "max_position_embeddings": outlook.limit,
+        "alternatives": alternatives(outlook),
+        "files": None,
+        "device_map": None if request.count == 1 else outlook.device_map,
+    }
+    if source.headers is not None:
+        found["files"] = {
+            "count": source.files,
+            "absent": list(source.absent),
+            "nbytes": source.nbytes,
+            "dtypes": source.dtype_nbytes,
+        }
+    if request.memory is not None:
+        found["longest_context"] = outlook.longest_context(request.memory)
+        found["largest_batch"] = outlook.largest_batch(request.memory)
+    return found
+
+
+def save(outlook: Outlook, found: Mapping[str, Any], path: Path) -> None:
+    """Write the plan, for ``CiuicConfig(plan=...)``."""
+    settings = {key: found[key] for key in ("memory", "context", "batch", "bits", "device_map")}
+    plan = outlook.choice.plan(settings)
+    replace(plan, budget=found["budget"]).save(path)
