@@ -20,7 +20,7 @@ from ciuic_hf.hf.source import Source
 from ciuic_hf.modules.allocation import TABLES, Place
 from ciuic_hf.planning.forecast import active_share, reference_quality, tokens_per_second
 from ciuic_hf.planning.memory import Footprint, Sizes, footprint, largest
-from ciuic_hf.presets import card_named, card_nbytes, read_preset
+from ciuic_hf.presets import card_nbytes, read_preset
 from ciuic_kernels import BlockGrid
 
 COUNTS = (1, 2, 4, 8, 16)
