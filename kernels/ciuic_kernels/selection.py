@@ -9,7 +9,7 @@ Tables measured on a GPU (``tuning.py``) come before the defaults here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,6 +43,16 @@ class Launch:
     def parts(self, strips: int, items: int, matrices: int) -> int:
         """Programs for each strip, when ``matrices`` matrices of so many items are multiplied at once."""
         return max(1, min(ceil_div(items, strips), ceil_div(self.programs, strips * max(1, matrices))))
+
+    def of_kinds(self, number: int) -> Launch:
+        """This launch for a matrix of so many kinds of blocks.
+
+        With more than one, each is a function, in which the matrix instructions of four warps wait for each other
+        (sm_90) or do not compile (sm_100): tiles are halved then, and so are the warps.
+        """
+        if number < 2 or self.num_warps < 4:
+            return self
+        return replace(self, block_m=min(self.block_m, 32), num_warps=2)
 
 
 @dataclass(frozen=True)
