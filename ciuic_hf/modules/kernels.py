@@ -12,17 +12,18 @@ from ciuic_hf.modules.embedding import CiuicEmbedding
 from ciuic_hf.modules.experts import CiuicExperts
 from ciuic_hf.modules.packed import PackedModule
 from ciuic_kernels.device import device_facts
-from ciuic_kernels.selection import LINEAR, MAX_TOKENS
+from ciuic_kernels.selection import EXPERTS, LINEAR
 from ciuic_kernels.tuning import rules_for, triton_minor
+from ciuic_kernels.work import ROUTED_SLOTS
 
-MOST_TOKENS = 256
-"""Of a rehearsal; results of so many rows are allocated."""
+MOST_TOKENS = 512
+"""Launches that only more tokens need are left to the first that come: a rehearsal allocates its results."""
 
 
 def compile_kernels(
     modules: Iterable[PackedModule], dtype: torch.dtype, routed: int, workers: int | None = None
 ) -> int:
-    """Compile what the products of these modules start at up to ``MOST_TOKENS`` tokens; nothing is computed.
+    """Compile what the products of these modules start at up to ``MOST_TOKENS`` tokens; no product is computed.
 
     Modules that need the same kernels are rehearsed once. Kernels of earlier runs come from Triton's cache.
 
@@ -42,19 +43,23 @@ def compile_kernels(
     distinct = {_needs(module): module for module in modules}
     with compiling(workers) as compiled, torch.no_grad():
         for module in distinct.values():
-            for tokens in _tokens(module):
+            for tokens in _tokens(module, routed):
                 _rehearse(module, tokens, dtype, routed)
     return len(compiled)
 
 
-def _tokens(module: PackedModule) -> list[int]:
-    """One number of tokens for each launch that the rules of the module's device can choose."""
+def _tokens(module: PackedModule, routed: int) -> list[int]:
+    """The smallest number of tokens for each launch that the rules of the module's device can choose."""
     if isinstance(module, CiuicEmbedding):
         return [1]
-    name = device_facts(_device(module)).name
-    limits = {r.max_tokens for r in rules_for(name, triton_minor()) if r.op == LINEAR}
-    fused = {limit for limit in limits if limit < MAX_TOKENS}
-    return sorted({min(tokens, MOST_TOKENS) for tokens in fused | {1 + max(fused, default=0)}})
+    rules = rules_for(device_facts(_device(module)).name, triton_minor())
+    if isinstance(module, CiuicExperts):
+        experts = module.packed_shapes["gate_up_proj"][0]
+        limits = {rule.max_tokens for rule in rules if rule.op == EXPERTS}
+        smallest = {1 + limit * experts // routed for limit in limits} | {1 + ROUTED_SLOTS // routed}
+    else:
+        smallest = {1 + rule.max_tokens for rule in rules if rule.op == LINEAR}
+    return sorted(tokens for tokens in smallest | {1} if tokens <= MOST_TOKENS)
 
 
 def _device(module: PackedModule) -> torch.device:

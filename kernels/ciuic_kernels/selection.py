@@ -78,7 +78,7 @@ DEFAULT_RULES = (
     Rule(LINEAR, 8, None, (8, 1, 6)),
     Rule(LINEAR, 16, None, (16, 1, 6)),
     Rule(LINEAR, 32, None, (32, 2, 4)),
-    Rule(LINEAR, 128, None, (64, 4, 4)),
+    Rule(LINEAR, 256, None, (64, 4, 4)),
     Rule(LINEAR, MAX_TOKENS, None, None),
     Rule(EXPERTS, 8, None, (8, 1, 6)),
     Rule(EXPERTS, 16, None, (16, 1, 6)),
