@@ -30,6 +30,7 @@ from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.hf.stored import check_sizes, fit_names
 from ciuic_hf.hf.survey import survey
 from ciuic_hf.memory import PeakMemory
+from ciuic_hf.modules.kernels import compile_kernels
 from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
 from ciuic_kernels.dispatch import use_triton
@@ -194,6 +195,8 @@ class CiuicQuantizer(HfQuantizer):
             for _, module in compressed_modules(model)
             for weight in module.parameters(recurse=False)
         )
+        if self._on_gpu_kernels:
+            self._compile_kernels(model)
         report = build_report(model, self.quantization_config)
         report.seconds = time.perf_counter() - self._started
         report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
@@ -201,6 +204,20 @@ class CiuicQuantizer(HfQuantizer):
         if logging.is_progress_bar_enabled():
             Console(stderr=True).print(report)
         return model
+
+    def _compile_kernels(self, model: Any) -> None:
+        """Have the kernels of generation ready: the first token should not wait for a compiler."""
+        modules = [module for _, module in compressed_modules(model)]
+        if not modules or model.dtype not in (torch.float16, torch.bfloat16):
+            return
+        started = time.perf_counter()
+        routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+        count = compile_kernels(modules, model.dtype, routed)
+        if logging.is_progress_bar_enabled():
+            seconds = time.perf_counter() - started
+            Console(stderr=True).print(
+                f"{count} GPU kernels compiled, or found in Triton's cache, in {seconds:.1f} s"
+            )
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if any(p.device.type == "meta" for p in model.parameters()):

@@ -9,7 +9,7 @@ Tables measured on a GPU (``tuning.py``) come before the defaults here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,16 @@ class Launch:
         """Programs for each strip, when ``matrices`` matrices of so many items are multiplied at once."""
         return max(1, min(ceil_div(items, strips), ceil_div(self.programs, strips * max(1, matrices))))
 
+    def of_kinds(self, number: int) -> Launch:
+        """This launch for a matrix of so many kinds of blocks.
+
+        With more than one, each is a function, in which the matrix instructions of four warps wait for each other
+        (sm_90) or do not compile (sm_100): tiles are halved then, and so are the warps.
+        """
+        if number < 2 or self.num_warps < 4:
+            return self
+        return replace(self, block_m=min(self.block_m, 32), num_warps=2)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -68,7 +78,7 @@ DEFAULT_RULES = (
     Rule(LINEAR, 8, None, (8, 1, 6)),
     Rule(LINEAR, 16, None, (16, 1, 6)),
     Rule(LINEAR, 32, None, (32, 2, 4)),
-    Rule(LINEAR, 128, None, (64, 4, 4)),
+    Rule(LINEAR, 256, None, (64, 4, 4)),
     Rule(LINEAR, MAX_TOKENS, None, None),
     Rule(EXPERTS, 8, None, (8, 1, 6)),
     Rule(EXPERTS, 16, None, (16, 1, 6)),

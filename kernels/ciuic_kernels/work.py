@@ -18,6 +18,7 @@ which ``counters`` tells, adds them up in order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ LINEAR_SLOTS = 8
 
 ROUTED_SLOTS = 64
 """Rows of counters of fused experts: up to so many routed rows, programs share strips."""
+
+MAX_EXACT = 2
+"""Up to so many grids a kernel is compiled for exactly those."""
 
 MAX_KBLOCKS = 1 << 15
 MIN_ITEM_BYTES = 8 << 10
@@ -97,6 +101,18 @@ def work_nbytes(grid: BlockGrid) -> int:
     strips = grid.matrices * grid.strips
     counters = slots(routed=len(grid.shape) == 3) * grid.strips
     return 4 * (strips * (2 * grid.kblocks + 2 + 3 * grid.kblocks) + counters)
+
+
+@cache
+def compiled_kinds(kinds: tuple[int, ...]) -> tuple[int, ...]:
+    """The kinds that a product of such items is compiled for: the same for all matrices that mix more than two grids.
+
+    Plans that choose each block by itself give nearly every matrix another set, and each set would be compiled.
+    """
+    grids = [kind for kind in kinds if kind < ANY_SPARSE]
+    if len(grids) > MAX_EXACT:
+        grids = sorted(codec.id for codec in GRIDS.values())
+    return (*grids, *(kind for kind in kinds if kind >= ANY_SPARSE))
 
 
 def item_nbytes(nbytes: int, matrices: int, processors: int) -> int:

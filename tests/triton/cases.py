@@ -1,8 +1,7 @@
 """What the ahead-of-time gate compiles: kernels with a launch setting, kinds of blocks, dtype and architecture.
 
-A parameter's kernel is compiled for the set of kinds that it holds, and there are too many sets to try them all. Each
-kind is compiled alone, where one loop is one number, and some mixtures, because a loop's neighbours can change how
-the compiler lays it out.
+A parameter's kernel is compiled for the one or two kinds that it holds, or for all. Each kind is compiled alone, where
+one loop is one number; then one pair, and all, because a loop's neighbours can change how the compiler lays it out.
 """
 
 from __future__ import annotations
@@ -13,13 +12,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ciuic_kernels.codecs.grid import GRIDS, PLANES
-from ciuic_kernels.work import ANY, ANY_SPARSE
+from ciuic_kernels.work import ANY, ANY_SPARSE, ROUTED_SLOTS
 
 ARCHES = (80, 89, 90, 100)
 EXTREMES = (80, 90, 100)
 """sm_89 runs the code of sm_80 but for the allocation of registers, and the size of its shared memory."""
 
 DECODE, PREFILL = (8, 1, 6), (64, 4, 4)
+MIXED_PREFILL = (32, 2, 4)
+"""What becomes of PREFILL where kinds are mixed (``Launch.of_kinds``)."""
+
 LAUNCHES = (DECODE, (16, 1, 6), (32, 2, 4), PREFILL)
 """Every (block_m, num_warps, num_stages) that the shipped rules can choose."""
 
@@ -28,8 +30,10 @@ WEIGHTS = {width: GRIDS[width, 64].id for width in PLANES}
 """The kind of each width in groups of 64 columns."""
 
 TYPICAL, HEAVIEST = GRIDS[4, 64].id, GRIDS[8, 32].id
-LOW_BITS = (WEIGHTS[2], WEIGHTS[3], WEIGHTS[4], ANY)
-WHOLE_PLAN = (*sorted(WEIGHTS.values()), ANY)
+MIXTURE = (WEIGHTS[4], HEAVIEST, ANY)
+EVERY = (*ALL_KINDS, ANY)
+"""What a matrix of two grids, or of more, is compiled for when it has edges (``work.compiled_kinds``)."""
+
 _NAMES = {codec.id: codec.name for codec in GRIDS.values()} | {ANY: "any", ANY_SPARSE: "sparse"}
 
 
@@ -52,7 +56,7 @@ class Case:
     dtype: str
     kinds: tuple[int, ...]
     launch: tuple[int, int, int] = DECODE
-    pairs: int = 16
+    pairs: int = ROUTED_SLOTS
     aligned: bool = True
 
     @property
@@ -94,7 +98,7 @@ class Case:
 
 def _others(arch: int) -> Iterator[Case]:
     """The kernels beside ``linear``, each once."""
-    yield Case("experts_few", arch, "bf16", (TYPICAL,), DECODE, pairs=64)
+    yield Case("experts_few", arch, "bf16", (TYPICAL,), DECODE)
     yield Case("experts_many", arch, "bf16", (TYPICAL,), PREFILL)
     yield Case("dequantize", arch, "bf16", (TYPICAL,), (0, 4, 3))
     yield Case("embedding", arch, "bf16", (), (0, 1, 3))
@@ -105,9 +109,13 @@ def fast_cases() -> list[Case]:
     cases = [Case("linear", 90, "bf16", (kind,)) for kind in (*ALL_KINDS, ANY)]
     cases += [Case("linear", arch, "bf16", (TYPICAL,), launch) for arch in ARCHES for launch in LAUNCHES]
     cases += [Case("linear", arch, "bf16", (HEAVIEST,)) for arch in ARCHES]
-    cases += [Case("linear", 90, "bf16", LOW_BITS), Case("linear", 90, "fp16", (TYPICAL,))]
+    cases += [Case("linear", 90, "bf16", MIXTURE), Case("linear", 90, "fp16", (TYPICAL,))]
     cases += _others(90)
-    cases += [Case("experts_few", 80, "bf16", (TYPICAL,), DECODE, pairs=64)]
+    cases += [
+        Case("experts_few", 90, "bf16", MIXTURE),
+        Case("experts_many", 90, "bf16", MIXTURE, MIXED_PREFILL),
+    ]
+    cases += [Case("experts_few", 80, "bf16", (TYPICAL,), DECODE)]
     return list(dict.fromkeys(cases))
 
 
@@ -116,8 +124,8 @@ def end_cases() -> list[Case]:
     cases = fast_cases()
     cases += [Case("linear", arch, "bf16", (kind,)) for arch in ARCHES for kind in (*ALL_KINDS, ANY)]
     cases += [Case("linear", arch, "bf16", (HEAVIEST,), launch) for arch in EXTREMES for launch in LAUNCHES]
-    cases += [Case("linear", arch, "bf16", LOW_BITS) for arch in ARCHES]
-    cases += [Case("linear", 90, "bf16", WHOLE_PLAN)]
+    cases += [Case("linear", arch, "bf16", MIXTURE) for arch in ARCHES]
+    cases += [Case("linear", 90, "bf16", EVERY)]
     cases += [case for arch in ARCHES for case in _others(arch)]
     return list(dict.fromkeys(cases))
 
@@ -129,12 +137,13 @@ def full_cases() -> list[Case]:
         cases += [Case("linear", arch, "bf16", (ANY,), launch) for launch in LAUNCHES]
         cases += [Case("experts_few", arch, "bf16", (TYPICAL,), launch) for launch in LAUNCHES]
         cases += [Case("experts_many", arch, "bf16", (TYPICAL,), (16, 1, 6))]
-        cases += [Case("linear", arch, "bf16", LOW_BITS, PREFILL)]
+        cases += [Case("linear", arch, "bf16", MIXTURE, MIXED_PREFILL)]
         cases += [
             Case("linear", arch, "bf16", (TYPICAL,), launch, aligned=False) for launch in (DECODE, PREFILL)
         ]
         cases += [Case("linear", arch, "fp16", (kind,)) for kind in (TYPICAL, HEAVIEST)]
         cases += [Case("linear", arch, "fp16", (TYPICAL,), PREFILL)]
-        cases += [Case("dequantize", arch, "fp16", LOW_BITS, (0, 4, 3))]
+        cases += [Case("dequantize", arch, "fp16", MIXTURE, (0, 4, 3))]
     cases += [Case("linear", 90, "fp16", (kind,)) for kind in ALL_KINDS]
+    cases += [Case("linear", 80, "bf16", EVERY), Case("linear", 90, "bf16", EVERY, MIXED_PREFILL)]
     return list(dict.fromkeys(cases))

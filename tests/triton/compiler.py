@@ -59,6 +59,8 @@ def compile_case(case: Case):
             signature[name], constants[(place,)] = "constexpr", values.get(name)
             continue
         pointer = case.dtype if name in OF_DTYPE else POINTERS.get(name)
+        if name == "out" and case.kernel == "experts_many" and len(case.kinds) > 1:
+            pointer = "fp32"  # kinds add to it one after another
         signature[name] = f"*{pointer}" if pointer else "i32"
         if pointer or (name in ("n", "k") and case.aligned):
             attributes[(place,)] = [["tt.divisibility", 16]]

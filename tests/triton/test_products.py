@@ -59,7 +59,7 @@ def test_blocks_of_all_codecs(rows: int, cols: int, tokens: int, seed: int, with
     assert not counters(w).any()
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 17, 33, 65, 129])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 17, 33, 65, 256, 257])
 def test_every_number_of_tokens(tokens: int, poisoned_empty: None) -> None:
     """Each rule of the default table, the tiles of tokens, and decode-then-GEMM."""
     w = sample((128, 128), codecs=("grid4_g64", "grid3_g32"))

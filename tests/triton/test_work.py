@@ -12,7 +12,16 @@ from ciuic_kernels.codecs.grid import GRIDS
 from ciuic_kernels.codecs.sparse import FIRST_ID
 from ciuic_kernels.codecs.zero import ZERO, ZeroCodec
 from ciuic_kernels.layout import FormatError, block_nbytes
-from ciuic_kernels.work import ANY, ANY_SPARSE, MAX_KBLOCKS, WorkShape, build_work, item_nbytes
+from ciuic_kernels.work import (
+    ANY,
+    ANY_SPARSE,
+    MAX_EXACT,
+    MAX_KBLOCKS,
+    WorkShape,
+    build_work,
+    compiled_kinds,
+    item_nbytes,
+)
 from tests.kernels.samples import mixed_ids, shapes
 
 GRID_IDS = {codec.id for codec in GRIDS.values()}
@@ -101,3 +110,13 @@ def test_what_int32_cannot_address_is_refused() -> None:
     ids = torch.full(large.tags_shape[:-1], codec_by_name("raw_bf16").id, dtype=torch.uint8)
     with pytest.raises(FormatError, match="32 GiB"):
         build_work(tags_of(ids), large, 4096)
+
+
+@given(st.sets(st.sampled_from([*sorted(GRID_IDS), ANY_SPARSE, ANY])))
+def test_a_kernel_is_compiled_for_what_it_meets(kinds: set[int]) -> None:
+    """In the order of the items, exactly while that is few kernels, else for the same kinds everywhere."""
+    compiled = compiled_kinds(tuple(sorted(kinds)))
+    assert list(compiled) == sorted(compiled) and set(compiled) >= kinds
+    assert set(compiled) - GRID_IDS == kinds - GRID_IDS
+    exact = len(kinds & GRID_IDS) <= MAX_EXACT
+    assert set(compiled) & GRID_IDS == (kinds & GRID_IDS if exact else GRID_IDS)

@@ -3,6 +3,10 @@
 Weights are the left operand, so the 64 rows of a block lie along the long side of the MMA and 8 tokens suffice to
 fill it. A group of columns is multiplied at scale 1; its scales meet the float32 sums, ``64 x tokens`` multiplications
 instead of one for each weight, and no rounding.
+
+A strip of several kinds has one loop for each. Each is a function that is called, not inlined, as passes of the
+compiler take time quadratic in the size of a function (docs/adr/023). Functions that are called take and return
+numbers only, so each leaves its sums in memory.
 """
 
 from __future__ import annotations
@@ -94,41 +98,46 @@ def any_block(
 
 
 @triton.jit
-def add_item(
+def add_blocks(
     total,
     arena,
     blocks,
-    item,
+    count,
     x_rows,
     strip,
     n,
     k,
-    KINDS: tl.constexpr,
+    KIND: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """``total [64, BM]`` plus one work item of a strip times a tile of tokens.
+    """``total [64, BM]`` plus ``count`` neighbouring blocks of one kind times a tile of tokens.
 
     Args:
-        item: pointer to its three integers.
+        blocks: pointer to the table entry of the first of them.
         x_rows: pointers ``[1, BM]`` to the first column of each token, 16-bit floats.
-        KINDS: the kinds that the parameter's items have, known before the launch.
     """
-    kind = tl.load(item)
-    first = blocks + 2 * tl.load(item + 1).to(tl.int64)
-    count = tl.load(item + 2)
-    for i in tl.static_range(len(KINDS)):
-        if kind == KINDS[i]:
-            if KINDS[i] >= ANY_SPARSE:
-                for index in range(0, count):
-                    total = any_block(
-                        total, arena, first, index, x_rows, strip, n, k, BM, KINDS[i] == ANY_SPARSE, PLAIN
-                    )
-            else:
-                for index in tl.range(0, count, num_stages=STAGES):
-                    total = grid_block(total, arena, first, index, x_rows, KINDS[i], BM, PLAIN)
+    if KIND >= ANY_SPARSE:
+        for index in range(0, count):
+            total = any_block(total, arena, blocks, index, x_rows, strip, n, k, BM, KIND == ANY_SPARSE, PLAIN)
+    else:
+        for index in tl.range(0, count, num_stages=STAGES):
+            total = grid_block(total, arena, blocks, index, x_rows, KIND, BM, PLAIN)
     return total
+
+
+@triton.jit
+def share_of_strip(work, matrix, strip, part, parts, items, strips, strips_at):
+    """One of ``parts`` shares of a strip's items: (number of the strip's first item, begin and end of the share).
+
+    Args:
+        matrix: int64, which matrix of the parameter.
+    """
+    span = work + strips_at + 2 * (matrix * strips + strip)
+    first_item = tl.load(span)
+    number = tl.load(span + 1)
+    return matrix * items + first_item, number * part // parts, number * (part + 1) // parts
 
 
 @triton.jit
@@ -146,38 +155,61 @@ def part_of_strip(
     strips,
     items_at,
     strips_at,
-    KINDS: tl.constexpr,
+    KIND: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """One of ``parts`` shares of a strip's items times a tile of tokens: float32 ``[64, BM]``.
-
-    Args:
-        matrix: int64, which matrix of the parameter.
-    """
-    span = work + strips_at + 2 * (matrix * strips + strip)
-    first_item = tl.load(span)
-    number = tl.load(span + 1)
+    """One of ``parts`` shares of a strip whose items are of one kind, times a tile of tokens: float32 ``[64, BM]``."""
+    base, begin, end = share_of_strip(work, matrix, strip, part, parts, items, strips, strips_at)
     total = tl.zeros((ROWS, BM), tl.float32)
-    for i in range(number * part // parts, number * (part + 1) // parts):
-        item = work + items_at + 3 * (matrix * items + first_item + i)
-        total = add_item(total, arena, work, item, x_rows, strip, n, k, KINDS, BM, STAGES, PLAIN)
+    for i in range(begin, end):
+        item = work + items_at + 3 * (base + i)
+        kind = tl.load(item)
+        first = work + 2 * tl.load(item + 1).to(tl.int64)
+        count = tl.load(item + 2)
+        if kind == KIND:  # the kernel was compiled for no other
+            total = add_blocks(total, arena, first, count, x_rows, strip, n, k, KIND, BM, STAGES, PLAIN)
     return total
 
 
 @triton.jit
-def sum_of_parts(total, workspace, counter, slot, part, parts, BM: tl.constexpr):
+def next_run(item, at, end, kind):
+    """Items ``at`` to ``end`` that are of this kind, from ``at`` on: (their first block, their blocks, the item after).
+
+    Args:
+        item: pointer to the strip's first item; items are sorted by kind and their blocks lie side by side.
+    """
+    first = tl.load(item + 3 * at + 1, mask=at < end, other=0)
+    count = at * 0
+    same = tl.load(item + 3 * at, mask=at < end, other=-1) == kind
+    while same:
+        count += tl.load(item + 3 * at + 2)
+        at += 1
+        same = tl.load(item + 3 * at, mask=at < end, other=-1) == kind
+    return first, count, at
+
+
+@triton.jit
+def tile_of(sums, BM: tl.constexpr):
+    """Pointers ``[64, BM]`` to partial sums in a workspace."""
+    return sums + tl.arange(0, ROWS)[:, None] * BM + tl.arange(0, BM)[None, :]
+
+
+@triton.jit
+def sum_of_parts(total, workspace, counter, slot, part, parts, BM: tl.constexpr, STORED: tl.constexpr):
     """Leave one part of a strip in the workspace; the last program of the strip gets the sum of all, and True.
 
     Args:
         workspace: float32 ``[slots, parts, 64, BM]``.
         counter: pointer to the strip's counter; zero again afterwards.
         slot: int64.
+        STORED: whether the part is there already.
     """
     inside = tl.arange(0, ROWS)[:, None] * BM + tl.arange(0, BM)[None, :]
     sums = workspace + slot * parts * (ROWS * BM) + inside
-    tl.store(sums + part * (ROWS * BM), total)
+    if not STORED:
+        tl.store(sums + part * (ROWS * BM), total)
     tl.debug_barrier()  # every thread has stored before one says so
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()

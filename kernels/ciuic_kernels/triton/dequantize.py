@@ -26,6 +26,7 @@ from ciuic_kernels.triton._blocks import (
     unpack_plain,
     width_of,
 )
+from ciuic_kernels.triton._launch import start
 from ciuic_kernels.triton._product import ANY_COLS, ANY_SPARSE
 from ciuic_kernels.work import WorkShape
 
@@ -119,7 +120,9 @@ def dequantize(
     if out is None:
         out = torch.empty(height, cols, dtype=dtype, device=arena.device)
     first_block = (matrix * shape.strips + strips.start) * shape.kblocks
-    dequantize_kernel[(len(strips) * shape.kblocks,)](
+    start(
+        dequantize_kernel,
+        (len(strips) * shape.kblocks,),
         arena,
         work,
         out,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ciuic_kernels.triton._any import any_values, numbers_at_rows
 from ciuic_kernels.triton._blocks import COLS, ROWS, interpreted, load_block_entry
+from ciuic_kernels.triton._launch import start
 from ciuic_kernels.triton._product import ANY_COLS, ANY_SPARSE
 from ciuic_kernels.work import WorkShape
 
@@ -62,7 +63,8 @@ def embedding(
     shape = WorkShape.of(work, tags)
     out = torch.empty(ids.numel(), cols, dtype=dtype, device=arena.device)
     if ids.numel():
-        embedding_kernel[(ids.numel(), shape.kblocks)](
+        start(
+            embedding_kernel, (ids.numel(), shape.kblocks),
             ids, arena, work, out, rows, cols, shape.kblocks, HAS_SPARSE=ANY_SPARSE.value in kinds,
             PLAIN=interpreted(), num_warps=1
         )  # fmt: skip
