@@ -37,12 +37,18 @@ class QualityRow:
 
 
 def measure_quality(
-    cache: Path, bits: Iterable[float], tokens: int, sensitivity: Path | None = None
+    cache: Path,
+    bits: Iterable[float],
+    tokens: int,
+    sensitivity: Path | None = None,
+    calibration: Path | None = None,
 ) -> list[QualityRow]:
-    """The reference, NF4, and Ciuic at each of ``bits`` by every policy; one more with measured sensitivities."""
+    """The reference, NF4, and Ciuic at each of ``bits`` by every policy; more with measurements of this model."""
     policies: dict[str, dict[str, Any]] = {"uniform": {"policy": "uniform"}, "by kind": {}}
     if sensitivity is not None:
         policies["measured"] = {"sensitivity": sensitivity}
+    if calibration is not None:
+        policies["calibrated"] = {"calibration": calibration}
     path = materialize(cache / "smollm2")
     logging.disable_progress_bar()
     ids = text_ids(AutoTokenizer.from_pretrained(path), tokens)

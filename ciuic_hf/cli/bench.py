@@ -39,6 +39,11 @@ def add_command(commands: Any) -> None:
     quality.add_argument(
         "--sensitivity", type=Path, help="file of `ciuic calibrate` for SmolLM2: measure its plans as well"
     )
+    quality.add_argument(
+        "--calibration",
+        type=Path,
+        help="file of `ciuic calibrate --rounding` for SmolLM2: round by it as well",
+    )
     quality.set_defaults(run=run_quality)
     products = kinds.add_parser("products", help="one matrix by rows of x: fused, decode-then-GEMM, bf16")
     products.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
@@ -95,7 +100,9 @@ def run_decode(arguments: argparse.Namespace) -> None:
 def run_quality(arguments: argparse.Namespace) -> None:
     from ciuic_hf.bench.smollm2_quality import measure_quality, table
 
-    rows = measure_quality(arguments.cache, arguments.bits, arguments.tokens, arguments.sensitivity)
+    rows = measure_quality(
+        arguments.cache, arguments.bits, arguments.tokens, arguments.sensitivity, arguments.calibration
+    )
     _show(table(rows), rows, arguments.json)
 
 

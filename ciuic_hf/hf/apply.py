@@ -70,7 +70,7 @@ def _as_config(given: Mapping[str, Setting] | CiuicConfig | None, bits: float | 
         return CiuicConfig(bits=asked, modules=given, policy="uniform")
     if bits is not None:
         raise CiuicError(f"bits are in the CiuicConfig already ({given.bits}); give them once.")
-    for option in ("memory", "plan", "sensitivity"):
+    for option in ("memory", "plan", "sensitivity", "calibration"):
         if getattr(given, option) is not None:
             raise CiuicError(
                 f"{option} works while a model loads; pass the CiuicConfig to from_pretrained, or give bits."

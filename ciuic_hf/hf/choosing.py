@@ -106,7 +106,8 @@ def choose(
         return replace(choice, targets=followed, error=plan.error)
     if config.policy == "uniform":
         return choice
-    measured = Sensitivity.load(config.sensitivity) if config.sensitivity else None
+    file = config.sensitivity or config.calibration
+    measured = Sensitivity.load(file) if file else None
     budget = None if config.memory is None else _room(choice, config, text, element)
     allocated, error = allocate_targets(targets, config.intent, measured, budget)
     return replace(choice, targets=allocated, error=error)

@@ -18,7 +18,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8
-from ciuic_hf.hf.encoder import Encoder, Part
+from ciuic_hf.hf.encoder import Part
 from ciuic_hf.modules.packed import PackedModule
 from ciuic_kernels.format import BLOCK_ROWS
 from ciuic_kernels.packing import FLOAT_DTYPES
@@ -69,7 +69,7 @@ class WeightEncoder(EncodingConverter):
         if shape is None:
             dtype = hf_quantizer.dtype_of(model, layer_name)
             return {layer_name: _dense(layer_name, weight, scale, self.block, dtype)}
-        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
+        encoder = hf_quantizer.encoder(layer_name, shape, self.block)
         encoder.add(0, [(weight, _required(layer_name, weight, scale, self.block))])
         return _with_ties(model, encoder.finish(), loading_info)
 
@@ -100,7 +100,7 @@ class ExpertsEncoder(EncodingConverter):
         if shape is None:
             return {layer_name: self._merged(layer_name, reads, model.get_parameter(layer_name), context)}
         self._check_counts(layer_name, reads, shape[0])
-        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], self.block)
+        encoder = hf_quantizer.encoder(layer_name, shape, self.block)
         for index in range(shape[0]):
             parts = self._read(layer_name, reads, index)
             if not self._stacks_strips(parts):
@@ -181,7 +181,7 @@ class FusedEncoder(EncodingConverter):
         shape = _packed_shape(model, layer_name)
         if shape is None:
             return {layer_name: fused.to(model.get_parameter(layer_name).dtype)}
-        encoder = Encoder(layer_name, shape, hf_quantizer.codec_ids[layer_name], None)
+        encoder = hf_quantizer.encoder(layer_name, shape, None)
         if len(fused) != shape[0]:
             raise CiuicError(
                 f"{layer_name} is {list(shape)} in this model but the checkpoint has {list(fused.shape)}."
@@ -216,7 +216,7 @@ class ResultEncoder(EncodingConverter):
             tensor = value[0] if isinstance(value, list) else value
             shape = _packed_shape(model, name)
             if shape is not None:
-                encoder = Encoder(name, shape, hf_quantizer.codec_ids[name], None)
+                encoder = hf_quantizer.encoder(name, shape, None)
                 for index, matrix in enumerate(tensor if tensor.dim() == 3 else tensor.unsqueeze(0)):
                     encoder.add(index, [(matrix, None)])
                 results |= encoder.finish()

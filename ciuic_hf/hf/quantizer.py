@@ -21,11 +21,14 @@ from ciuic_hf.hf import fp8, saving
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
+from ciuic_hf.hf.encoder import Encoder
 from ciuic_hf.hf.reporting import build_report
+from ciuic_hf.hf.rounding import Rounding
 from ciuic_hf.hf.stored import check_sizes, fit_names
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
+from ciuic_hf.planning.moments import InputMoments
 from ciuic_kernels.dispatch import use_triton
 
 
@@ -36,6 +39,7 @@ class CiuicQuantizer(HfQuantizer):
     Attributes:
         codec_ids: parameter name -> uint8 ``[strips, kblocks]``, or ``[E, strips, kblocks]`` where experts differ,
             while a model is being compressed.
+        rounding: by a calibration, while a model is being compressed with one.
     """
 
     def __init__(self, quantization_config: CiuicConfig, **kwargs: Any) -> None:
@@ -48,6 +52,7 @@ class CiuicQuantizer(HfQuantizer):
             config.parameters, config.kept = {}, {}
         self.fp8_block = fp8.block_size(source) if source is not None else None
         self.codec_ids: dict[str, Tensor] = {}
+        self.rounding: Rounding | None = None
         self._dtypes_of_model: dict[str, torch.dtype] = {}
         self._started = time.perf_counter()
         self._peak: PeakMemory | None = None  # while loading; it holds a lock, which deepcopy refuses
@@ -89,11 +94,19 @@ class CiuicQuantizer(HfQuantizer):
     def _choose(self, model: Any, config: CiuicConfig, dtype: torch.dtype | None) -> None:
         """Decide what every parameter becomes and write it into the config."""
         choice = choose(model, config, dtype)
+        if config.calibration is not None:
+            moments = InputMoments(config.calibration)
+            moments.check({target.name: target.shape for target in choice.targets})
+            self.rounding = Rounding(moments)
         self.codec_ids = {target.name: target.codec_ids for target in choice.targets}
         config.parameters = describe(choice.targets)
         config.kept = {k.name: k.reason for k in choice.kept}
         if config.memory is not None or config.plan is not None:
             config.bits = choice.bits  # what config.json will say was asked for
+
+    def encoder(self, name: str, shape: tuple[int, ...], block: fp8.Block | None) -> Encoder:
+        """What compresses a parameter; ``block`` is the FP8 block of its files, if they are FP8."""
+        return Encoder(name, shape, self.codec_ids[name], block, self.rounding)
 
     def _read_as_stored(self, model: Any) -> None:
         """Have tensors read in the dtype of the file: weights are rounded once, FP8 and its scales not at all."""
@@ -168,6 +181,8 @@ class CiuicQuantizer(HfQuantizer):
         report = build_report(model, self.quantization_config)
         report.seconds = time.perf_counter() - self._started
         report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
+        report.rounded = self.rounding.summary() if self.rounding else None
+        self.rounding = None
         model.ciuic_report = report
         if logging.is_progress_bar_enabled():
             Console(stderr=True).print(report)
