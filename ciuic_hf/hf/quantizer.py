@@ -108,6 +108,15 @@ class CiuicQuantizer(HfQuantizer):
         """What compresses a parameter; ``block`` is the FP8 block of its files, if they are FP8."""
         return Encoder(name, shape, self.codec_ids[name], block, self.rounding)
 
+    def read_as_stored(self, model: Any, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+        """For reading a model without compressing it: in which dtype its tensors are read, None as they are."""
+        fused = {name: "" for name, p in model.named_parameters() if p.dim() == 3}
+        self.quantization_config.kept = fused
+        self._read_as_stored(model)
+        plan: dict[str, torch.dtype | None] = model._get_dtype_plan(dtype)
+        model.__dict__.pop("_get_dtype_plan")
+        return plan
+
     def _read_as_stored(self, model: Any) -> None:
         """Have tensors read in the dtype of the file: weights are rounded once, FP8 and its scales not at all."""
         verbatim = list(self.codec_ids)

@@ -62,10 +62,9 @@ class StreamedModel:
             owner._buffers[buffer_name.rpartition(".")[2]] = buffer.to(device)
         self.model.requires_grad_(False)
         self._mapping = get_model_conversion_mapping(self.model, None, self._quantizer)
-        self._quantizer._read_as_stored(self.model)
-        self._dtype_plan = self.model._get_dtype_plan(self._dtype)
+        self._dtype_plan = self._quantizer.read_as_stored(self.model, self._dtype)
         self._files = self._sort(path)
-        self._load("", self.model)
+        self._load("")
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.device.type == "meta" and self._owner(name) == "":
@@ -79,7 +78,7 @@ class StreamedModel:
             for module in layer.modules()
             for parameter in list(module._parameters)
         ]
-        self._load(name, layer)
+        self._load(name)
         try:
             for parameter, weight in layer.named_parameters():
                 weight.requires_grad_(False)
@@ -109,7 +108,7 @@ class StreamedModel:
             found[owner][header.name] = header.file
         return found
 
-    def _load(self, name: str, _module: nn.Module) -> None:
+    def _load(self, name: str) -> None:
         """Read what belongs to a layer, or to none."""
         options = LoadStateDictConfig(
             dtype=self._dtype,

@@ -25,7 +25,7 @@ from ciuic_kernels.codec import Codec, GroupedCodec, codec_by_id
 from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, BlockGrid, PackedTensor
 from ciuic_kernels.packing import decode_strips, edge_batches, encode_matrix, record_starts, scatter
 
-DAMPING = 0.1  # of the mean of H's diagonal, added to it: a few thousand tokens know H badly (docs/adr/017)
+DAMPING = 0.3  # of the mean of H's diagonal, added to it: a few thousand tokens know H badly (docs/adr/017)
 CHUNK_WEIGHTS = {"cpu": 1 << 22}  # rounded at a time, of which about eight float32 copies are held
 CHUNK_WEIGHTS_ELSEWHERE = 1 << 26  # a GPU waits for launches, of which a chunk needs some for every column
 
@@ -161,7 +161,7 @@ def _encode_blocks(codec: Codec, blocks: Tensor, upper: Tensor) -> tuple[Tensor,
     if not isinstance(codec, GroupedCodec):
         return codec.encode(blocks)
     exponents = codec.exponents(blocks)
-    rest = blocks.permute(2, 0, 1).contiguous()  # columns first
+    rest = blocks.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)  # columns first
     scales, codes = [], torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
     for first in range(0, len(rest), codec.group):
         here = slice(first, min(first + codec.group, len(rest)))

@@ -13,7 +13,7 @@ from ciuic_kernels.codec import GroupedCodec
 from ciuic_kernels.codecs.grid import levels
 from ciuic_kernels.layout import validate
 from ciuic_kernels.packing import allocate, decode_tensor, encode_matrix, encode_tensor
-from ciuic_kernels.rounding import RoundingError, encode_matrix_rounded, feedback_of
+from ciuic_kernels.rounding import DAMPING, RoundingError, encode_matrix_rounded, feedback_of
 
 NAMES = [
     "grid2_g64", "grid2_g32", "grid3_g32", "grid4_g64", "grid5_g32", "grid6_g64", "grid8_g32",
@@ -41,7 +41,7 @@ def rounded(weight: Tensor, ids: Tensor, moments: Tensor) -> tuple[PackedTensor,
 
 
 def damped(moments: Tensor) -> Tensor:
-    return moments + 0.1 * moments.diagonal().mean() * torch.eye(len(moments))
+    return moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
 
 
 @settings(max_examples=25, deadline=None)
