@@ -61,6 +61,7 @@ class StreamedModel:
             owner = self.model.get_submodule(buffer_name.rpartition(".")[0])
             owner._buffers[buffer_name.rpartition(".")[2]] = buffer.to(device)
         self.model.requires_grad_(False)
+        self._layers = tuple(decoder_layers(self.model))
         self._mapping = get_model_conversion_mapping(self.model, None, self._quantizer)
         self._dtype_plan = self._quantizer.read_as_stored(self.model, self._dtype)
         self._files = self._sort(path)
@@ -91,21 +92,19 @@ class StreamedModel:
 
     def _owner(self, name: str) -> str:
         """The layer that a parameter is in, or ``""``."""
-        return next((layer for layer in decoder_layers(self.model) if name.startswith(f"{layer}.")), "")
+        return next((layer for layer in self._layers if name.startswith(f"{layer}.")), "")
 
     def _sort(self, path: Path) -> dict[str, dict[str, Path]]:
         """Layer, or ``""``, -> the tensors of the files that its parameters are made of -> the file."""
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
-        layers = [f"{layer}." for layer in decoder_layers(self.model)]
         found: dict[str, dict[str, Path]] = defaultdict(dict)
         for header in check_files(checkpoint_files(path)):
             target, _ = rename_source_key(
                 header.name, renamings, converters, self.model.base_model_prefix, known
             )
-            owner = next((layer[:-1] for layer in layers if target.startswith(layer)), "")
-            found[owner][header.name] = header.file
+            found[self._owner(target)][header.name] = header.file
         return found
 
     def _load(self, name: str) -> None:
