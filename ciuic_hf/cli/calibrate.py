@@ -52,11 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype, None)
     if arguments.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise CiuicError(f"--dtype must be auto, float32, bfloat16 or float16, got {arguments.dtype}.")
-    streamed = StreamedModel(arguments.source, dtype, device)
     if arguments.text:
         ids, source = _text_ids(arguments, tokens), f"text of {arguments.text.name}"
     else:
         ids, source = _own_text(arguments, tokens, device), "text of the model's own"
+    streamed = StreamedModel(arguments.source, dtype, device)
     moments = Moments() if arguments.rounding else None
     with _progress("Measuring") as done:
         found = measure(streamed.model, ids.to(device), source, done, moments, streamed.present)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ciuic_hf import CiuicConfig, CiuicError
 from ciuic_hf.cli.main import main
+from ciuic_hf.demo import bf16_path
 from ciuic_hf.hf import probe
 from ciuic_hf.hf.layered import decoder_layers
 from ciuic_hf.hf.probe import Moments, measure
@@ -177,13 +178,14 @@ def test_what_is_refused(
         load(checkpoint("v3_bf16"), bits=4, policy="uniform", calibration=tmp_path / "s.safetensors")
     with pytest.raises(CiuicError, match="There is no file"):
         load(checkpoint("v3_bf16"), bits=4, policy="uniform", calibration=tmp_path / "none")
-    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "short.txt").write_text("In the beginning")
     for more, message in (
         (["--tokens", "5"], "--tokens must be at least 128"),
         (["--dtype", "int8"], "--dtype must be auto, float32"),
+        (["--text", str(tmp_path / "short.txt")], "tokens; at least 128 are needed"),
     ):
         save = str(tmp_path / "x.safetensors")
-        assert main(["calibrate", str(checkpoint("v3_bf16")), "--save", save, *more]) == 1
+        assert main(["calibrate", str(bf16_path()), "--save", save, *more]) == 1
         assert message in " ".join(capsys.readouterr().err.split())
 
 
