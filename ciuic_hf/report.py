@@ -78,6 +78,34 @@ class KeptParameter:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """What rounding by a calibration did in one load.
+
+    Attributes:
+        matrices: rounded for their inputs, every expert counted.
+        plain: parameter -> matrices of it that the calibration knows nothing of (experts that met too few tokens,
+            embeddings, lm_head), rounded to the nearest.
+        nearest, stored: mean squared error at the outputs of those that were rounded, summed over outputs and weighted
+            by how much they matter: when rounded to the nearest, and as stored.
+    """
+
+    matrices: int
+    plain: dict[str, int]
+    nearest: float
+    stored: float
+
+    def __str__(self) -> str:
+        whole = self.matrices + sum(self.plain.values())
+        ratio = self.stored / self.nearest if self.nearest else 1.0
+        text = f"Rounded for calibrated inputs: {self.matrices} of {whole} matrices, {ratio:.2f}x the error at outputs."
+        if self.plain:
+            named = ", ".join(f"{name} ({count})" for name, count in list(self.plain.items())[:3])
+            more = f" and {len(self.plain) - 3} more" if len(self.plain) > 3 else ""
+            text += f" Not calibrated: {named}{more}."
+        return text
+
+
 @dataclass
 class Report:
     """Everything that a load or an inspection found.
@@ -85,6 +113,7 @@ class Report:
     Attributes:
         seconds: wall time of the load or of compressing in place (``did`` says which), None for an inspection.
         peak_nbytes: highest memory above the start of that (``peak_of`` says which memory), None if unknown.
+        rounded: what rounding by a calibration did, None without one.
     """
 
     compressed: list[CompressedParameter]
@@ -94,6 +123,7 @@ class Report:
     peak_nbytes: int | None = None
     peak_of: str = ""
     did: str = "Loaded"
+    rounded: Rounded | None = None
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +151,7 @@ class Report:
             "seconds": self.seconds,
             "peak_nbytes": self.peak_nbytes,
             "peak_of": self.peak_of,
+            "rounded": vars(self.rounded) if self.rounded else None,
             "compressed": [vars(p) | {"bits_per_weight": p.bits_per_weight} for p in self.compressed],
             "kept": [vars(p) for p in self.kept],
         }
@@ -136,7 +167,9 @@ class Report:
         table.add_section()
         ratio = f"{self.dense_nbytes / max(1, self.nbytes):.2f}x smaller"
         table.add_row(*_row("total", self._weights(), self.dense_nbytes, self.nbytes, ratio))
-        return Group(table, *([Text(self._run())] if self.seconds is not None else []))
+        notes = [str(self.rounded)] if self.rounded else []
+        notes += [self._run()] if self.seconds is not None else []
+        return Group(table, *map(Text, notes))
 
     def __str__(self) -> str:
         console = Console(width=100, color_system=None)

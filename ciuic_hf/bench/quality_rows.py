@@ -56,9 +56,14 @@ class QualityRow:
 
 
 def measure_quality(
-    cache: Path, bits: Iterable[float], tokens: int, sensitivity: Path | None = None, model: str = "smollm2"
+    cache: Path,
+    bits: Iterable[float],
+    tokens: int,
+    sensitivity: Path | None = None,
+    calibration: Path | None = None,
+    model: str = "smollm2",
 ) -> list[QualityRow]:
-    """The reference, every peer, and Ciuic at each of ``bits`` by every policy; one more with sensitivities.
+    """The reference, every peer, and Ciuic at each of ``bits`` by every policy; more with measurements of the model.
 
     Args:
         model: a key of ``TITLES``.
@@ -66,6 +71,8 @@ def measure_quality(
     policies: dict[str, dict[str, Any]] = {"uniform": {"policy": "uniform"}, "by kind": {}}
     if sensitivity is not None:
         policies["measured"] = {"sensitivity": sensitivity}
+    if calibration is not None:
+        policies["calibrated"] = {"calibration": calibration}
     logging.disable_progress_bar()
     path = bf16_path() if model == "demo" else materialize(cache / "smollm2")
     dense = _load(path)

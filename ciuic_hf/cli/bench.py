@@ -42,6 +42,11 @@ def add_command(commands: Any) -> None:
         "--sensitivity", type=Path, help="file of `ciuic calibrate` for SmolLM2: measure its plans as well"
     )
     quality.add_argument(
+        "--calibration",
+        type=Path,
+        help="file of `ciuic calibrate --rounding` for the model: round by it as well",
+    )
+    quality.add_argument(
         "--model", choices=("smollm2", "demo"), default="smollm2", help="demo: the one in this package"
     )
     quality.add_argument("--plot", type=Path, metavar="FILE", help="draw KL against bits; needs matplotlib")
@@ -107,7 +112,12 @@ def run_quality(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         require_matplotlib()
     rows = measure_quality(
-        arguments.cache, arguments.bits, arguments.tokens, arguments.sensitivity, arguments.model
+        arguments.cache,
+        arguments.bits,
+        arguments.tokens,
+        arguments.sensitivity,
+        arguments.calibration,
+        arguments.model,
     )
     _show(table(rows, arguments.model), rows, arguments.json)
     lines = families(rows)

@@ -46,6 +46,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--batch", type=int, help="with --memory or --gpu: sequences at once (default 1)")
     command.add_argument("--plan", type=Path, help="instead: a plan of `ciuic plan --save`, followed exactly")
     command.add_argument("--sensitivity", type=Path, help="file of `ciuic calibrate`")
+    command.add_argument("--calibration", type=Path, help="file of `ciuic calibrate --rounding`")
     command.add_argument(
         "--modules",
         action="append",
@@ -111,6 +112,7 @@ def _config(arguments: argparse.Namespace) -> Any:
         "modules": dict(_module_setting(text) for text in arguments.modules),
         "policy": arguments.policy,
         "sensitivity": arguments.sensitivity,
+        "calibration": arguments.calibration,
         "plan": arguments.plan,
     }
     if arguments.bits is not None:

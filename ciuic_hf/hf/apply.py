@@ -78,6 +78,8 @@ def _as_config(given: Mapping[str, Setting] | CiuicConfig | None, bits: float | 
         return CiuicConfig(bits=CompressionIntent.bits if bits is None else bits, modules=given)
     if bits is not None:
         raise CiuicError(f"bits are in the CiuicConfig already ({given.bits}); give them once.")
+    if given.calibration is not None:
+        raise CiuicError("calibration works while a model loads; pass the CiuicConfig to from_pretrained.")
     return copy.deepcopy(given)  # one CiuicConfig can serve many models
 
 

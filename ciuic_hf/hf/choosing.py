@@ -115,7 +115,8 @@ def choose(
         return replace(choice, targets=followed, error=plan.error)
     if config.policy == "uniform":
         return choice
-    measured = Sensitivity.load(config.sensitivity) if config.sensitivity else None
+    file = config.sensitivity or config.calibration
+    measured = Sensitivity.load(file) if file else None
     rooms, place = None, place_of(device_map or {"": ""})
     if config.memory is not None:
         text = model.config.get_text_config().to_dict()

@@ -21,6 +21,7 @@ AUTO = "auto"
 _RUNTIME = (
     "source_quantization",
     "sensitivity",
+    "calibration",
     "plan",
     "memory",
     "context",
@@ -82,6 +83,8 @@ class CiuicConfig(QuantizationConfigMixin):
             8 everywhere, fewer for blocks with few weights and none for blocks of zeros.
         sensitivity: file that ``ciuic calibrate`` wrote: how much each block matters. Without it the
             rate-distortion policy goes by the kind of each weight (``configs/sensitivity.json``).
+        calibration: file that ``ciuic calibrate --rounding`` wrote: codes are chosen for the inputs that the weights
+            will meet, with the same bytes. It serves as ``sensitivity`` as well where that applies.
         plan: file that ``ciuic plan`` wrote, followed exactly: the codec of every block.
         memory: instead of bits: what the model may take while it generates, such as ``"22GiB"``, everything
             counted that :mod:`ciuic_hf.planning.memory` lists. Bits are chosen to fill it. ``"auto"`` is what the
@@ -101,6 +104,7 @@ class CiuicConfig(QuantizationConfigMixin):
         modules: Mapping[str, Setting] | None = None,
         policy: str | None = None,
         sensitivity: str | Path | None = None,
+        calibration: str | Path | None = None,
         plan: str | Path | None = None,
         memory: str | int | Mapping[int | str, str | int] | None = None,
         context: int | None = None,
@@ -114,7 +118,7 @@ class CiuicConfig(QuantizationConfigMixin):
         if unknown:
             raise CiuicError(
                 f"CiuicConfig has no option {', '.join(sorted(unknown))}; it takes bits, modules, policy, "
-                "sensitivity, plan, memory, context and batch."
+                "sensitivity, calibration, plan, memory, context and batch."
             )
         if quant_method != METHOD:
             raise CiuicError(f"quant_method of a CiuicConfig is {METHOD!r}, got {quant_method!r}.")
@@ -133,6 +137,7 @@ class CiuicConfig(QuantizationConfigMixin):
         if sensitivity is not None and self.policy != "rate-distortion":
             raise CiuicError(f'sensitivity is for policy="rate-distortion", got policy={policy!r} with it.')
         self.sensitivity = str(sensitivity) if sensitivity is not None else None
+        self.calibration = str(calibration) if calibration is not None else None
         self.plan = str(plan) if plan is not None else None
         self.memory = _parse_memory(memory)
         self.context, self.batch = context, batch

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ciuic_hf.hf import fp8
 from ciuic_hf.hf.encoder import Encoder
+from ciuic_hf.hf.rounding import Rounding
 
 
 class Stack:
@@ -38,10 +39,15 @@ class Destination:
     """The model itself: every parameter is made whole in memory and installed by transformers."""
 
     def encoder(
-        self, name: str, shape: tuple[int, ...], codec_ids: Tensor, block: fp8.Block | None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        codec_ids: Tensor,
+        block: fp8.Block | None,
+        rounding: Rounding | None = None,
     ) -> Encoder:
         """What encodes the parameter ``name``; arguments as of :class:`Encoder`."""
-        return Encoder(name, shape, codec_ids, block)
+        return Encoder(name, shape, codec_ids, block, rounding)
 
     def stack(self, name: str, placeholder: Tensor) -> Stack:
         """What takes the experts of a parameter that is kept."""

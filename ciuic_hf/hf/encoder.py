@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8
+from ciuic_hf.hf.rounding import Rounding
 from ciuic_hf.memory import release_freed_memory
 from ciuic_hf.modules.packed import TAGS
 from ciuic_kernels import BlockGrid, PackedTensor
@@ -28,10 +29,18 @@ class Encoder:
         shape: logical shape ``(N, K)`` or ``(E, N, K)``.
         codec_ids: uint8 ``[strips, kblocks]``, the same for every matrix, or ``[E, strips, kblocks]``.
         block: FP8 block size, None when the checkpoint is not FP8.
+        rounding: how codes are chosen; None rounds to the nearest.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], codec_ids: Tensor, block: fp8.Block | None) -> None:
-        self.name, self.grid, self.block = name, BlockGrid(tuple(shape)), block
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        codec_ids: Tensor,
+        block: fp8.Block | None,
+        rounding: Rounding | None = None,
+    ) -> None:
+        self.name, self.grid, self.block, self.rounding = name, BlockGrid(tuple(shape)), block, rounding
         self.codec_ids = codec_ids.expand(self.grid.tags_shape[:-1])
         self._packed: PackedTensor | None = None
         self._offsets = torch.empty(0)
@@ -43,15 +52,18 @@ class Encoder:
             CiuicError: for a bad shape, dtype or value.
         """
         check_shape(self.name, self.grid, parts)
+        feedback = self.rounding.feedback(self.name, index) if self.rounding else None
         start = 0
         for weight, scale in parts:
-            self._encode(index, start, weight, scale)
+            self._encode(index, start, weight, scale, feedback)
             start += weight.shape[0]
 
-    def _encode(self, index: int, start: int, weight: Tensor, scale: Tensor | None) -> None:
+    def _encode(
+        self, index: int, start: int, weight: Tensor, scale: Tensor | None, feedback: Tensor | None
+    ) -> None:
         try:
-            for first, rows in self._float_rows(weight, scale):
-                self._store(index, start + first, rows)
+            for first, rows in self._float_rows(weight, scale, whole=feedback is not None):
+                self._store(index, start + first, rows, feedback)
         except NotFiniteError:
             raise CiuicError(
                 f"{self.name} holds NaN or infinite weights; repair the checkpoint, or keep this weight as it is with "
@@ -60,15 +72,32 @@ class Encoder:
         except ValueError as error:
             raise CiuicError(f"{self.name}: {error}") from None
 
-    def _store(self, index: int, first: int, rows: Tensor) -> None:
+    def _store(self, index: int, first: int, rows: Tensor, feedback: Tensor | None) -> None:
         """Encode rows of matrix ``index`` to their place, which begins at row ``first``. Raises ValueError."""
         if self._packed is None:
             self._packed, self._offsets = allocate(self.codec_ids, self.grid, rows.device)
-        encode_matrix(self._packed, self._offsets, index, rows, first)
+        self._put(self._packed, self._offsets, index, rows, feedback, first)
 
-    def _float_rows(self, weight: Tensor, scale: Tensor | None) -> Iterable[tuple[int, Tensor]]:
+    def _put(
+        self,
+        packed: PackedTensor,
+        offsets: Tensor,
+        index: int,
+        rows: Tensor,
+        feedback: Tensor | None,
+        first: int = 0,
+    ) -> None:
+        if self.rounding is None or feedback is None:
+            encode_matrix(packed, offsets, index, rows, first)
+        else:
+            self.rounding.encode(packed, offsets, index, rows, feedback, first)
+
+    def _float_rows(self, weight: Tensor, scale: Tensor | None, whole: bool) -> Iterable[tuple[int, Tensor]]:
+        """Rows to encode at a time and the first one's number; ``whole``: all, which is faster to round."""
         if scale is not None:
             assert self.block is not None
+            if whole:
+                return [(0, fp8.dequantize(self.name, weight, scale, self.block))]
             fp8.check_scales(self.name, weight, scale, self.block)
             return fp8.row_chunks(weight, fp8.scale_values(scale), self.block)
         if weight.dtype not in FLOAT_DTYPES:

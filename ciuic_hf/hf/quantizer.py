@@ -27,12 +27,14 @@ from ciuic_hf.hf.destination import current_destination
 from ciuic_hf.hf.devices import device_type, explicit_map, free_nbytes
 from ciuic_hf.hf.encoder import Encoder
 from ciuic_hf.hf.reporting import build_report
+from ciuic_hf.hf.rounding import Rounding
 from ciuic_hf.hf.stored import check_sizes, fit_names
 from ciuic_hf.hf.survey import survey
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.kernels import compile_kernels
 from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
+from ciuic_hf.planning.moments import InputMoments
 from ciuic_kernels.dispatch import use_triton
 
 
@@ -44,6 +46,7 @@ class CiuicQuantizer(HfQuantizer):
         codec_ids: parameter name -> uint8 ``[strips, kblocks]``, or ``[E, strips, kblocks]`` where experts differ,
             while a model is being compressed.
         destination: where converted parameters go.
+        rounding: by a calibration, while a model is being compressed with one.
     """
 
     def __init__(self, quantization_config: CiuicConfig, **kwargs: Any) -> None:
@@ -57,6 +60,7 @@ class CiuicQuantizer(HfQuantizer):
         self.fp8_block = fp8.block_size(source) if source is not None else None
         self.codec_ids: dict[str, Tensor] = {}
         self.destination = current_destination()
+        self.rounding: Rounding | None = None
         self._dtypes_of_model: dict[str, torch.dtype] = {}
         self._started = time.perf_counter()
         self._peak: PeakMemory | None = None  # while loading; it holds a lock, which deepcopy refuses
@@ -110,6 +114,10 @@ class CiuicQuantizer(HfQuantizer):
             config.memory = free_nbytes(device_map)
         look = partial(survey, model, headers, self.fp8_block)
         choice = choose(model, config, dtype, device=device_type(device_map), device_map=places, survey=look)
+        if config.calibration is not None:
+            moments = InputMoments(config.calibration)
+            moments.check({target.name: target.shape for target in choice.targets})
+            self.rounding = Rounding(moments)
         self.codec_ids = {target.name: target.codec_ids for target in choice.targets}
         config.parameters = describe(choice.targets)
         config.kept = {k.name: k.reason for k in choice.kept}
@@ -140,7 +148,16 @@ class CiuicQuantizer(HfQuantizer):
         shape = module.packed_shapes.get(parameter) if isinstance(module, PackedModule) else None
         if shape is None:
             return None
-        return self.destination.encoder(name, shape, self.codec_ids[name], self.fp8_block)
+        return self.destination.encoder(name, shape, self.codec_ids[name], self.fp8_block, self.rounding)
+
+    def read_as_stored(self, model: Any, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+        """For reading a model without compressing it: in which dtype its tensors are read, None as they are."""
+        fused = {name: "" for name, p in model.named_parameters() if p.dim() == 3}
+        self.quantization_config.kept = fused
+        self._read_as_stored(model)
+        plan: dict[str, torch.dtype | None] = model._get_dtype_plan(dtype)
+        model.__dict__.pop("_get_dtype_plan")
+        return plan
 
     def dtype_of(self, model: Any, name: str) -> torch.dtype:
         """The dtype in which the model wants a parameter that is kept."""
@@ -200,6 +217,8 @@ class CiuicQuantizer(HfQuantizer):
         report = build_report(model, self.quantization_config)
         report.seconds = time.perf_counter() - self._started
         report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
+        report.rounded = self.rounding.summary() if self.rounding else None
+        self.rounding = None
         model.ciuic_report = report
         if logging.is_progress_bar_enabled():
             Console(stderr=True).print(report)

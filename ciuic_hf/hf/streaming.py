@@ -16,6 +16,7 @@ from torch import Tensor
 from ciuic_hf.hf import fp8
 from ciuic_hf.hf.destination import Destination, Stack
 from ciuic_hf.hf.encoder import Encoder
+from ciuic_hf.hf.rounding import Rounding
 from ciuic_hf.journal import Journal
 from ciuic_hf.memory import release_freed_memory
 from ciuic_hf.modules.packed import TAGS
@@ -23,7 +24,7 @@ from ciuic_hf.shards import ShardFiles
 from ciuic_kernels import BlockGrid
 from ciuic_kernels.format import BLOCK_ROWS, ceil_div
 from ciuic_kernels.layout import arena_nbytes, planned_offsets
-from ciuic_kernels.packing import allocate, encode_matrix
+from ciuic_kernels.packing import allocate
 
 PIECE_WEIGHTS = 1 << 24  # encoded and written at a time: at most 32 MB
 SYNC_NBYTES, SYNC_SECONDS = 256 << 20, 5.0  # what a crash can lose
@@ -44,7 +45,12 @@ class Rehearsal(Destination):
         self._tied: dict[str, Source] = {}
 
     def encoder(
-        self, name: str, shape: tuple[int, ...], codec_ids: Tensor, block: fp8.Block | None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        codec_ids: Tensor,
+        block: fp8.Block | None,
+        rounding: Rounding | None = None,
     ) -> Encoder:
         self.codec_ids[name] = codec_ids
         return RehearsedEncoder(name, shape, codec_ids, block)
@@ -89,8 +95,10 @@ def _without_contents(tensor: Tensor) -> Tensor:
 class RehearsedEncoder(Encoder):
     """Checks shapes, dtypes and grids of scales, and encodes nothing."""
 
-    def _encode(self, index: int, start: int, weight: Tensor, scale: Tensor | None) -> None:
-        self._float_rows(weight, scale)
+    def _encode(
+        self, index: int, start: int, weight: Tensor, scale: Tensor | None, feedback: Tensor | None
+    ) -> None:
+        self._float_rows(weight, scale, whole=False)
 
     def finish(self) -> dict[str, Tensor]:
         tags = torch.zeros(self.grid.tags_shape, dtype=torch.uint8)  # exponents are not known
@@ -134,9 +142,14 @@ class Streaming(Destination):
         advanced(sum(files.slots[name].nbytes for name in journal.done))
 
     def encoder(
-        self, name: str, shape: tuple[int, ...], codec_ids: Tensor, block: fp8.Block | None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        codec_ids: Tensor,
+        block: fp8.Block | None,
+        rounding: Rounding | None = None,
     ) -> Encoder:
-        return StreamedEncoder(name, shape, codec_ids, block, self)
+        return StreamedEncoder(name, shape, codec_ids, block, rounding, self)
 
     def stack(self, name: str, placeholder: Tensor) -> Stack:
         return StreamedStack(name, placeholder, self)
@@ -197,24 +210,25 @@ class StreamedEncoder(Encoder):
         shape: tuple[int, ...],
         codec_ids: Tensor,
         block: fp8.Block | None,
+        rounding: Rounding | None,
         destination: Streaming,
     ) -> None:
-        super().__init__(name, shape, codec_ids, block)
+        super().__init__(name, shape, codec_ids, block, rounding)
         self._destination = destination
         self._offsets = planned_offsets(self.codec_ids, self.grid)
         self._tags = torch.empty(self.grid.tags_shape, dtype=torch.uint8)
 
-    def _store(self, index: int, first: int, rows: Tensor) -> None:
+    def _store(self, index: int, first: int, rows: Tensor, feedback: Tensor | None) -> None:
         step = max(1, PIECE_WEIGHTS // (self.grid.cols * BLOCK_ROWS)) * BLOCK_ROWS
         for start in range(0, rows.shape[0], step):
-            self._store_piece(index, first + start, rows[start : start + step])
+            self._store_piece(index, first + start, rows[start : start + step], feedback)
 
-    def _store_piece(self, index: int, first: int, rows: Tensor) -> None:
+    def _store_piece(self, index: int, first: int, rows: Tensor, feedback: Tensor | None) -> None:
         grid, strip = self.grid, first // BLOCK_ROWS
         strips = slice(strip, strip + ceil_div(rows.shape[0], BLOCK_ROWS))
         ids = self.codec_ids if self.codec_ids.dim() == 2 else self.codec_ids[index]
         piece, offsets = allocate(ids[strips], BlockGrid(tuple(rows.shape)), rows.device)
-        encode_matrix(piece, offsets, 0, rows)
+        self._put(piece, offsets, 0, rows, feedback)
         self._tags.view(grid.matrices, grid.strips, grid.kblocks, 2)[index, strips] = piece.tags
         self._destination.write(self.name, int(self._offsets[index * grid.strips + strip]), piece.arena)
 

@@ -29,7 +29,7 @@ _NO_SETTINGS = (
     "kept",
     "source_quantization",
 )  # of a CiuicConfig
-_FILES = ("plan", "sensitivity")
+_FILES = ("plan", "sensitivity", "calibration")
 
 
 def unfinished_path(destination: str | Path) -> Path:

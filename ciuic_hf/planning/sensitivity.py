@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.planning.moments import INPUTS, PREFIX
 from ciuic_kernels import BlockGrid
 
 FILE_VERSION = 1
@@ -56,14 +57,22 @@ class Sensitivity:
                     f"is {list(wanted)} blocks, and they have {has} for it; run `ciuic calibrate` on this model."
                 )
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file with a JSON description in its metadata."""
+    def save(
+        self, path: Path, factors: Mapping[str, Tensor] | None = None, inputs: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a safetensors file with a JSON description in its metadata.
+
+        Args:
+            factors, inputs: moments of inputs to keep in the same file, as :mod:`ciuic_hf.planning.moments` reads
+                them: input -> factor, and parameter, or parameter/expert, -> input.
+        """
         about = {"source": self.source, "tokens": self.tokens, "version": FILE_VERSION}
-        save_file(
-            {name: values.contiguous() for name, values in self.blocks.items()},
-            path,
-            metadata={_KIND: json.dumps(about)},
-        )
+        metadata = {_KIND: json.dumps(about)}
+        if inputs:
+            metadata[INPUTS] = json.dumps(dict(inputs))
+        tensors = {name: values.contiguous() for name, values in self.blocks.items()}
+        tensors |= {PREFIX + name: factor for name, factor in (factors or {}).items()}
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
@@ -73,7 +82,8 @@ class Sensitivity:
         try:
             with safe_open(path, framework="pt") as file:
                 about = (file.metadata() or {}).get(_KIND)
-                blocks = {name: file.get_tensor(name) for name in file.keys()} if about else {}  # noqa: SIM118
+                names = [name for name in file.keys() if not name.startswith(PREFIX)]  # noqa: SIM118
+                blocks = {name: file.get_tensor(name) for name in names} if about else {}
         except SafetensorError:
             about = None
         if about is None:

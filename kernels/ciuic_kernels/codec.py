@@ -53,6 +53,36 @@ class Codec(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupedCodec(Codec, Protocol):
+    """A codec of codes on one grid, with a scale for each row and group of columns, that can be rounded code by code.
+
+    :mod:`ciuic_kernels.rounding` chooses scales and codes for it, knowing what the weights are multiplied with.
+
+    Attributes:
+        group: columns that share a scale.
+    """
+
+    @property
+    def group(self) -> int: ...
+
+    def exponents(self, blocks: Tensor) -> Tensor:
+        """uint8 ``[B]`` for blocks float32 ``[B, rows, cols]`` whose columns may still change a little."""
+        ...
+
+    def scale_candidates(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales to try for groups float32 ``[B, rows, G]``: their bytes uint8 and values float32 ``[C, B, rows]``."""
+        ...
+
+    def round(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        """Of weights divided by their scales: the codes, uint8, and what they stand for, float32."""
+        ...
+
+    def pack(self, scales: Tensor, codes: Tensor) -> Tensor:
+        """Records of scale bytes uint8 ``[B, rows, groups]`` and codes uint8 ``[B, rows, cols]``."""
+        ...
+
+
 _BY_ID: dict[int, Codec] = {}
 _BY_NAME: dict[str, Codec] = {}
 

@@ -95,14 +95,14 @@ def _encode_rows(source: Tensor, tags: Tensor, offset: int, arena: Tensor) -> No
         raise NotFiniteError("not finite")
     grid = BlockGrid(tuple(source.shape))
     ids = tags[: grid.strips, :, 0].cpu()
-    starts = _record_starts(ids, grid, offset)
-    for blocks, rows, cols, strips, kblocks in _edge_batches(source, grid):
+    starts = record_starts(ids, grid, offset)
+    for blocks, rows, cols, strips, kblocks in edge_batches(source, grid):
         for codec_id in ids[strips, kblocks].unique().tolist():
             chosen = (ids[strips, kblocks] == codec_id).nonzero(as_tuple=True)
             on_device = tuple(i.to(source.device) for i in chosen)
             records, exponents = codec_by_id(codec_id).encode(blocks[on_device])
             tags[strips, kblocks, 1][on_device] = exponents
-            _scatter(
+            scatter(
                 arena,
                 starts[strips, kblocks][chosen],
                 records,
@@ -110,14 +110,14 @@ def _encode_rows(source: Tensor, tags: Tensor, offset: int, arena: Tensor) -> No
             )
 
 
-def _record_starts(ids: Tensor, grid: BlockGrid, offset: int) -> Tensor:
+def record_starts(ids: Tensor, grid: BlockGrid, offset: int) -> Tensor:
     """int64 ``[strips, kblocks]``: byte offset of each record."""
     sizes = block_nbytes(ids, grid)[0]
     ends = sizes.flatten().cumsum(0)
     return (ends - sizes.flatten()).view_as(sizes) + offset
 
 
-def _edge_batches(source: Tensor, grid: BlockGrid) -> list[tuple[Tensor, int, int, slice, slice]]:
+def edge_batches(source: Tensor, grid: BlockGrid) -> list[tuple[Tensor, int, int, slice, slice]]:
     """The blocks of a matrix by size: views ``[strips, kblocks, rows, cols]`` with their place in the grid."""
     full_strips, full_kblocks = grid.rows // BLOCK_ROWS, grid.cols // BLOCK_COLS
     bands = [(0, full_strips, BLOCK_ROWS), (full_strips, grid.strips, grid.rows - full_strips * BLOCK_ROWS)]
@@ -135,7 +135,7 @@ def _edge_batches(source: Tensor, grid: BlockGrid) -> list[tuple[Tensor, int, in
     return batches
 
 
-def _scatter(arena: Tensor, starts: Tensor, records: Tensor, nbytes: int) -> None:
+def scatter(arena: Tensor, starts: Tensor, records: Tensor, nbytes: int) -> None:
     """Write records uint8 ``[B, nbytes]`` to their offsets, and zeros into the padding behind them."""
     padded = torch.nn.functional.pad(records, (0, -nbytes % 16))
     if padded.shape[1]:
@@ -180,8 +180,8 @@ def decode_strips(
         return out if direct is out else out.copy_(direct)
     grid = BlockGrid((height, cols))
     ids, exponents = tags[strips.start : strips.stop, :, 0].cpu(), tags[strips.start : strips.stop, :, 1]
-    starts = _record_starts(ids, grid, int(offsets[strips.start]))
-    for blocks, height, width, band, panel in _edge_batches(out, grid):
+    starts = record_starts(ids, grid, int(offsets[strips.start]))
+    for blocks, height, width, band, panel in edge_batches(out, grid):
         for codec_id in ids[band, panel].unique().tolist():
             chosen = (ids[band, panel] == codec_id).nonzero(as_tuple=True)
             on_device = tuple(i.to(arena.device) for i in chosen)

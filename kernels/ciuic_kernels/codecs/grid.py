@@ -62,6 +62,10 @@ SCALE_OFFSETS: dict[int, tuple[int, ...]] = {
 }
 """Scale bytes that the encoder tries, as steps from the smallest scale that clips nothing."""
 
+HEADROOM = 4
+"""Scale steps, a quarter of an octave, that a block's exponent leaves above its largest scale when the weights of its
+later groups are still going to change (``rounding.py``)."""
+
 GROUPS = (32, 64)
 WORD_BITS, TILE_WORDS = 16, 8
 MIN_EXPONENT, MAX_EXPONENT = 1, 244
@@ -169,16 +173,24 @@ def quantize_groups(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]
 
 def _anchor(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Smallest unclipped scale index and sign of each group, exponent byte of each block."""
+    index, negative = _smallest_scales(weights, bits)
+    return index, negative, _exponents(index.amax(dim=(-2, -1)))
+
+
+def _smallest_scales(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Of groups ``[..., G]``: index of the smallest scale that clips nothing, int32, and whether it is negative."""
     high, low = weights.amax(-1), weights.amin(-1)
     negative = high > -low
     absmax = torch.maximum(high, -low)
     # A divisor on the device: CUDA multiplies by the reciprocal of a number, which rounds twice. abs() turns -0.0 to 0.
     least = absmax.abs() / absmax.new_full((), 1 + LINEAR[bits])
     # float32 bits >> 19 are exponent and 4 mantissa bits; adding 2^19 - 1 rounds up. Negative scales lie 2^18 higher.
-    index = (least.view(torch.int32) + ((1 << 19) - 1) - (negative.to(torch.int32) << 18)) >> 19
-    top = index.amax(dim=(-2, -1))
-    exponents = ((top >> 4) - 7).clamp(MIN_EXPONENT, MAX_EXPONENT)
-    return index, negative, exponents.to(torch.uint8)
+    return (least.view(torch.int32) + ((1 << 19) - 1) - (negative.to(torch.int32) << 18)) >> 19, negative
+
+
+def _exponents(top: Tensor) -> Tensor:
+    """uint8: the exponent byte of a block by the index of its largest scale."""
+    return ((top >> 4) - 7).clamp(MIN_EXPONENT, MAX_EXPONENT).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -207,18 +219,38 @@ class GridCodec:
         return sum(self.plane_nbytes(rows, cols)) + rows * ceil_div(cols, self.group)
 
     def encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        batch, _, cols = blocks.shape
-        groups = ceil_div(cols, self.group)
+        scales, codes, exponents = quantize_groups(self._grouped(blocks), self.width)
+        return self.pack(scales, codes.flatten(-2)[..., : blocks.shape[-1]]), exponents
+
+    def _grouped(self, blocks: Tensor) -> Tensor:
+        """``[B, rows, cols] -> [B, rows, groups, G]``, zeros after the last column."""
+        groups = ceil_div(blocks.shape[-1], self.group)
         # contiguous: bucketize() copies and warns otherwise
-        padded = torch.nn.functional.pad(blocks, (0, groups * self.group - cols)).contiguous()
-        weights = padded.unflatten(-1, (groups, self.group))
-        scales, codes, exponents = quantize_groups(weights, self.width)
-        codes = codes.flatten(-2)[..., :cols]
+        padded = torch.nn.functional.pad(blocks, (0, groups * self.group - blocks.shape[-1])).contiguous()
+        return padded.unflatten(-1, (groups, self.group))
+
+    def pack(self, scales: Tensor, codes: Tensor) -> Tensor:
+        """Records of scale bytes uint8 ``[B, rows, groups]`` and codes uint8 ``[B, rows, cols]``."""
         parts, shift = [], 0
         for width in PLANES[self.width]:
             parts.append(pack_plane((codes >> shift) & ((1 << width) - 1), width))
             shift += width
-        return torch.cat([*parts, scales.reshape(batch, -1)], dim=1), exponents
+        return torch.cat([*parts, scales.flatten(1)], dim=1)
+
+    def exponents(self, blocks: Tensor) -> Tensor:
+        index, _ = _smallest_scales(self._grouped(blocks), self.width)
+        return _exponents(index.amax(dim=(-2, -1)) + HEADROOM)
+
+    def scale_candidates(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+        index, negative = _smallest_scales(groups, self.width)
+        offsets = torch.tensor(SCALE_OFFSETS[self.width], dtype=torch.int32, device=groups.device)
+        steps = index + offsets.view(-1, 1, 1) - (exponents.to(torch.int32) << 4)[:, None]
+        scale_bytes = (steps.clamp(0, 127).to(torch.uint8) << 1) | negative.to(torch.uint8)
+        return scale_bytes, scale_values(scale_bytes, exponents[:, None])
+
+    def round(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        codes = torch.bucketize(ratios, thresholds(self.width).to(ratios.device), out_int32=True)
+        return codes.to(torch.uint8), levels(self.width).to(ratios.device)[codes]
 
     def decode(self, records: Tensor, exponents: Tensor, rows: int, cols: int) -> Tensor:
         batch, groups = records.shape[0], ceil_div(cols, self.group)
