@@ -15,6 +15,7 @@ from ciuic_hf.compressor.compressor import CiuicCompressor as CiuicCompressor
 from ciuic_hf.errors import CiuicError as CiuicError
 from ciuic_hf.hf import merge as _merge
 from ciuic_hf.hf.apply import apply_ciuic_compression as apply_ciuic_compression
+from ciuic_hf.hf.callbacks import ActivationCompressionCallback as ActivationCompressionCallback
 from ciuic_hf.hf.config import CiuicConfig as CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer as CiuicQuantizer
 from ciuic_hf.memory_calculator import MemoryCalculator as MemoryCalculator
@@ -22,6 +23,11 @@ from ciuic_hf.modules.embedding import CiuicEmbedding as CiuicEmbedding
 from ciuic_hf.modules.experts import CiuicExperts as CiuicExperts
 from ciuic_hf.modules.linear import CiuicLinear as CiuicLinear
 from ciuic_hf.report import Report as Report
+from ciuic_hf.runtime.activations import compress_activations as compress_activations
+from ciuic_hf.runtime.ddp import compress_communication as compress_communication
+from ciuic_hf.runtime.gradients import CompressedGradient as CompressedGradient
+from ciuic_hf.runtime.gradients import StochasticCompressor as StochasticCompressor
+from ciuic_hf.runtime.gradients import compress_gradients as compress_gradients
 from ciuic_kernels import tuning as _tuning
 
 __version__ = "0.1.0"
