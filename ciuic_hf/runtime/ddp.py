@@ -20,19 +20,19 @@ _RESIDUAL_BITS, _RESIDUAL_GROUP = 4, 64
 
 def compress_communication(
     model: DistributedDataParallel, *, bits: int = 8, seed: int = 0
-) -> CommunicationState | None:
+) -> CommunicationState:
     """Compresses the gradients that DDP exchanges; call it once, before training, with the same bits everywhere.
 
     8 and 4 bits: each process sends every other its share of the bucket, packed; averages what it gets for its own
     share; and sends that average to all, packed. That is as much as a ring sends, for any number of processes. What
     rounding took off is added to the next bucket, in both exchanges (error feedback, as in 1-bit Adam, arXiv
-    2102.02888). All processes decode the same bytes, so their weights stay equal. 16 bits registers torch's own
-    ``bf16_compress_hook``; see there for its fp16 and PowerSGD too.
+    2102.02888). All processes decode the same bytes, so their weights stay equal. For 16 bits and for low rank torch
+    has hooks (``torch.distributed.algorithms.ddp_comm_hooks``).
 
     The exchange of a bucket is waited for, so it does not overlap with the backward pass.
 
     Returns:
-        The state of the hook, which counts bytes; None at 16 bits.
+        The state of the hook, which counts bytes.
 
     Raises:
         CiuicError: for other bits, or a model that is not under DistributedDataParallel.
@@ -42,13 +42,10 @@ def compress_communication(
             f"Expected a model under DistributedDataParallel, got {type(model).__name__}; for one process use "
             "compress_gradients."
         )
-    if isinstance(bits, bool) or bits not in (16, *_GROUPS):
-        raise CiuicError(f"Gradients travel at 16, 8 or 4 bits, got bits={bits!r}.")
-    if bits == 16:
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        model.register_comm_hook(model.process_group, bf16_compress_hook)
-        return None
+    if isinstance(bits, bool) or bits not in _GROUPS:
+        raise CiuicError(
+            f"Gradients travel at 8 or 4 bits, got bits={bits!r}; for 16 register torch's bf16_compress_hook."
+        )
     state = CommunicationState(bits, model.process_group, seed)
     model.register_comm_hook(state, exchange)
     return state
@@ -110,7 +107,7 @@ def exchange(state: CommunicationState, bucket: dist.GradBucket) -> torch.future
 
     means = torch.cat([_decode(part, state.bits) for part in gathered.chunk(processes)])
     buffer.copy_(means[: buffer.numel()])
-    devices = [buffer.device] if buffer.device.type != "cpu" else []
+    devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type != "cpu" else []
     future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
     future.set_result(buffer)
     return future

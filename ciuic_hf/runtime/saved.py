@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 # Nodes after which a weight is still the weight: views, copies and casts.
@@ -56,7 +56,7 @@ class Geometry:
         repeated = [step == 0 and count > 1 for count, step in zip(size, stride, strict=True)]
         once = tuple(1 if skip else count for skip, count in zip(repeated, size, strict=True))
         if _is_dense(once, stride):
-            count = torch.Size(once).numel()
+            count = math.prod(once)
             return cls((offset, count), size, stride), tensor.as_strided((count,), (1,), offset)
         return cls((offset, size, stride), size, None), tensor.reshape(-1)
 
@@ -83,14 +83,17 @@ def is_weight(tensor: Tensor) -> bool:
         node = node.next_functions[0][0]
     if node is not None and isinstance(getattr(node, "variable", None), nn.Parameter):
         return True
-    # autocast casts frozen weights without a trace in the graph
-    if tensor.dim() != 2 or tensor.requires_grad or not torch.is_autocast_enabled(tensor.device.type):
+    return tensor.dim() == 2 and not tensor.requires_grad and _looks_like_a_cast_weight(tensor)
+
+
+def _looks_like_a_cast_weight(tensor: Tensor) -> bool:
+    """A cast of a frozen weight leaves no trace in the graph; its layer, which is executing, has its shape."""
+    innermost = next(_executing_modules(), None)
+    if innermost is None:
         return False
     shapes = (tuple(tensor.shape), tuple(tensor.shape[::-1]))
-    innermost = next(_executing_modules(), None)
-    return innermost is not None and any(
-        tuple(p.shape) in shapes for p in innermost.parameters(recurse=False)
-    )
+    own = innermost.parameters(recurse=False)
+    return any(tuple(p.shape) in shapes and p.dtype != tensor.dtype for p in own)
 
 
 def executing_layer() -> str:

@@ -2,7 +2,7 @@
 
 Elementwise and without any search, so that packing costs a few passes over memory. Rounding is unbiased: the
 expectation of what is unpacked is what was packed, as no value is clipped and each goes up with the probability of
-its distance from the grid point below (ActNN, arXiv 2104.14129, section 3.1). Layout of a group of ``g`` values:
+its distance from the grid point below (as in ActNN, arXiv 2104.14129). Layout of a group of ``g`` values:
 
     codes   g * bits / 8 bytes; byte j holds values j, j + g/p, ..., p = 8 / bits of them, the first in the low bits
     step    bfloat16, rounded up

@@ -48,7 +48,7 @@ def train(bits):
     dist.broadcast(other, 0)
     return loss, torch.equal(weights, other), state.original_nbytes / state.sent_nbytes if state else 2.0
 
-for bits in (0, 16, 8, 4):
+for bits in (0, 8, 4):
     results[str(bits)] = train(bits)
 
 def drift(bits):
@@ -108,7 +108,7 @@ def results() -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "fewer"), [("16", 0.0), ("8", 3.9), ("4", 7.0)])
+@pytest.mark.parametrize(("bits", "fewer"), [("8", 3.9), ("4", 7.0)])
 def test_training_converges_as_with_exact_gradients(results: list[dict], bits: str, fewer: float) -> None:
     for result in results:
         exact, (loss, equal, ratio) = result["0"][0], result[bits]
@@ -119,6 +119,7 @@ def test_training_converges_as_with_exact_gradients(results: list[dict], bits: s
 
 @pytest.mark.slow
 def test_what_rounding_takes_comes_back(results: list[dict]) -> None:
+    print([(result["0"], result["8"], result["4"], result["drift"]) for result in results])
     for result in results:
         assert result["drift"]["8"] < 0.01 and result["drift"]["4"] < 0.02
 
