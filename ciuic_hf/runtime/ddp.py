@@ -1,6 +1,6 @@
 """Gradients compressed on their way between the processes of DistributedDataParallel."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: DDP compares the annotations of a hook with the classes themselves.
 
 from typing import Any
 
@@ -20,7 +20,7 @@ _RESIDUAL_BITS, _RESIDUAL_GROUP = 4, 64
 
 def compress_communication(
     model: DistributedDataParallel, *, bits: int = 8, seed: int = 0
-) -> CommunicationState:
+) -> "CommunicationState":
     """Compresses the gradients that DDP exchanges; call it once, before training, with the same bits everywhere.
 
     8 and 4 bits: each process sends every other its share of the bucket, packed; averages what it gets for its own
