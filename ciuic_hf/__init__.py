@@ -24,6 +24,7 @@ from ciuic_hf.modules.experts import CiuicExperts as CiuicExperts
 from ciuic_hf.modules.linear import CiuicLinear as CiuicLinear
 from ciuic_hf.report import Report as Report
 from ciuic_hf.runtime.activations import compress_activations as compress_activations
+from ciuic_hf.runtime.ddp import compress_communication as compress_communication
 from ciuic_hf.runtime.gradients import CompressedGradient as CompressedGradient
 from ciuic_hf.runtime.gradients import StochasticCompressor as StochasticCompressor
 from ciuic_hf.runtime.gradients import compress_gradients as compress_gradients

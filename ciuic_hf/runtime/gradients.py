@@ -303,8 +303,8 @@ def compress_gradients(
         raise CiuicError(f"Expected a torch module, got {type(model).__name__}.")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise CiuicError(
-            "DistributedDataParallel sums gradients in buckets of its own, outside of this hook's reach; use one of "
-            "its communication hooks."
+            "DistributedDataParallel sums gradients in buckets of its own, outside of this hook's reach; use "
+            "compress_communication(model) for it."
         )
     if any(parameter.grad is not None for parameter in model.parameters()):
         raise CiuicError(
