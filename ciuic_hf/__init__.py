@@ -16,6 +16,7 @@ from ciuic_hf.errors import CiuicError as CiuicError
 from ciuic_hf.hf import merge as _merge
 from ciuic_hf.hf.adapters import hooks as _adapters
 from ciuic_hf.hf.apply import apply_ciuic_compression as apply_ciuic_compression
+from ciuic_hf.hf.callbacks import ActivationCompressionCallback as ActivationCompressionCallback
 from ciuic_hf.hf.config import CiuicConfig as CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer as CiuicQuantizer
 from ciuic_hf.hf.training import prepare_for_training as prepare_for_training
@@ -24,6 +25,11 @@ from ciuic_hf.modules.embedding import CiuicEmbedding as CiuicEmbedding
 from ciuic_hf.modules.experts import CiuicExperts as CiuicExperts
 from ciuic_hf.modules.linear import CiuicLinear as CiuicLinear
 from ciuic_hf.report import Report as Report
+from ciuic_hf.runtime.activations import compress_activations as compress_activations
+from ciuic_hf.runtime.ddp import compress_communication as compress_communication
+from ciuic_hf.runtime.gradients import CompressedGradient as CompressedGradient
+from ciuic_hf.runtime.gradients import StochasticCompressor as StochasticCompressor
+from ciuic_hf.runtime.gradients import compress_gradients as compress_gradients
 from ciuic_kernels import tuning as _tuning
 
 __version__ = "0.1.0"

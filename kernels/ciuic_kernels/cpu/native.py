@@ -99,14 +99,14 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str, name: str) -> Path:
     """Path of the shared object, built if the cache does not have it. Raises RuntimeError with the compiler's words."""
-    source = Path(__file__).with_name("blocks.c")
+    source = Path(__file__).with_name(name)
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     identity = "\0".join(
         (source.read_text(), version, *FLAGS, *PROCESSOR_FLAGS, platform.machine(), _processor())
     )
-    target = _cache_dir() / f"blocks-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    target = _cache_dir() / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,15 +122,22 @@ def _build(compiler: str) -> Path:
     raise RuntimeError(f"{compiler} could not build the CPU kernels: {result.stderr.strip()[:400]}")
 
 
-@lru_cache(maxsize=1)
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def build_library(name: str) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a source file of this folder, built at need; or why there is none."""
     compiler = _compiler()
     if compiler is None:
         return None, "no C compiler was found (install gcc or clang, or set CC)"
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
+        return ctypes.CDLL(str(_build(compiler, name))), ""
     except (OSError, RuntimeError) as error:
         return None, str(error)
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    library, reason = build_library("blocks.c")
+    if library is None:
+        return None, reason
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.ciuic_encode.argtypes = (p, i, n, n, n, p, p, p, p)
     library.ciuic_dequantize.argtypes = (p, p, p, n, n, n, n, p, i, p)
