@@ -1,0 +1,1 @@
+"""What a run itself allocates, compressed."""
