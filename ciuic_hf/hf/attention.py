@@ -55,7 +55,12 @@ def ciuic_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of ``ciuic`` attention, by the signature of transformers' mask functions."""
-    arguments = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function, "device": device}
+    arguments = {
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "device": device,
+    }
     arguments |= {"attention_mask": attention_mask, "allow_is_causal_skip": allow_is_causal_skip, **kwargs}
 
     def dense(**changed: Any) -> Any:
@@ -99,8 +104,12 @@ def ciuic_attention(
                 f'{type(module).__name__} uses {name}, which "ciuic" attention does not have; load the model with '
                 'attn_implementation="eager", which reads a CiuicCache decompressed.'
             )
+    if (indices := kwargs.pop("indices", None)) is not None:
+        attention_mask = _only(indices, attention_mask, key.shape[2])
     history = getattr(key, "history", None)
-    alone = history is not None and history.past == 0 and isinstance(key, CachedStates) and attention_mask is None
+    alone = (
+        history is not None and history.past == 0 and isinstance(key, CachedStates) and attention_mask is None
+    )
     if history is None or alone or dropout or kwargs.get("position_bias") is not None:
         states = [x.compute() if isinstance(x, Deferred) else x for x in (key, value, attention_mask)]
         out: tuple[Tensor, None] = sdpa_attention_forward(
@@ -113,12 +122,29 @@ def ciuic_attention(
     mask = _mask(attention_mask, causal and query.shape[2] > 1)
     with torch.no_grad():
         if isinstance(key, ExpandedStates):
-            out_states = attend_latent(query, history, KvUpProjection(module), latent_shape(module), scaling, mask)
+            out_states = attend_latent(
+                query, history, KvUpProjection(module), latent_shape(module), scaling, mask
+            )
         else:
             out_states = attend(query, history, scaling, mask)
     if torch.is_grad_enabled() and query.requires_grad:
         out_states = _NoGradient.apply(query, out_states)
     return out_states.transpose(1, 2).contiguous(), None
+
+
+def _only(indices: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    """A mask that also hides what sparse attention (DeepSeek-V3.2) did not choose.
+
+    Args:
+        indices: ``[B, Q, n]``, the tokens that were chosen.
+    """
+    chosen = torch.zeros(*indices.shape[:2], length, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter_(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return chosen
+    return (
+        mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+    )
 
 
 def _mask(mask: Tensor | None, causal: bool) -> Mask:

@@ -57,7 +57,7 @@ class CiuicLayer(DynamicLayer):
 
     is_croppable = True
 
-    def __init__(self, bits: int, latent: tuple[int, int] | None = None, **_: Any) -> None:
+    def __init__(self, bits: int = 4, latent: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.bits, self._latent = bits, latent
         self.store: LayerStore | None = None
@@ -145,11 +145,15 @@ class CiuicLayer(DynamicLayer):
 class CiuicIndexedLayer(DynamicIndexedLayer, CiuicLayer):
     """One layer of sparse attention (DeepSeek-V3.2): the keys of its indexer stay as they are."""
 
+    def __init__(self, bits: int = 4, latent: tuple[int, int] | None = None) -> None:
+        super().__init__()  # transformers' class passes nothing on
+        self.bits, self._latent = bits, latent
+
 
 def _say_decompressed() -> None:
     logger.warning_once(
         "This model reads a CiuicCache through an attention that needs all of it decompressed, layer by layer: "
-        'results are the same, memory is not saved while it runs. Use ciuic_hf.use_ciuic_attention(model).'
+        "results are the same, memory is not saved while it runs. Use ciuic_hf.use_ciuic_attention(model)."
     )
 
 
@@ -211,7 +215,9 @@ def _layers(config: Any, bits: int) -> list[Any]:
     """A layer for each of the model's. Raises CiuicError."""
     kind = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
-        raise CiuicError(f"{kind} is an encoder-decoder, which a CiuicCache does not serve; use its own cache.")
+        raise CiuicError(
+            f"{kind} is an encoder-decoder, which a CiuicCache does not serve; use its own cache."
+        )
     decoder = config.get_text_config(decoder=True)
     latent = None
     if getattr(decoder, "kv_lora_rank", None):
@@ -226,7 +232,7 @@ def _layers(config: Any, bits: int) -> list[Any]:
         if cls is DynamicLayer:
             layers.append(CiuicLayer(bits, latent))
         elif cls is DynamicIndexedLayer:
-            layers.append(CiuicIndexedLayer(bits=bits, latent=latent))
+            layers.append(CiuicIndexedLayer(bits, latent))
         elif issubclass(cls, DynamicLayer) and not getattr(cls, "is_sliding", False):
             raise CiuicError(
                 f"{kind} has layers of type {name}, whose cache a CiuicCache cannot stand for; use its own cache."

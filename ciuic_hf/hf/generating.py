@@ -36,7 +36,9 @@ def install() -> None:
         return
 
     @wraps(original)
-    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prepare(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         bits = cache_bits(self)
         wanted = generation_config.cache_implementation in (None, "dynamic", "offloaded")
         if bits is not None and wanted and generation_config.use_cache and model_kwargs.get(CACHE) is None:
@@ -53,7 +55,9 @@ def install() -> None:
 
 def _use_attention(model: Any) -> None:
     if not model._supports_default_dynamic_cache():
-        raise CiuicError(f"{type(model).__name__} keeps a state of its own instead of a cache; use it without one.")
+        raise CiuicError(
+            f"{type(model).__name__} keeps a state of its own instead of a cache; use it without one."
+        )
     chosen = model.config.get_text_config(decoder=True)._attn_implementation
     if chosen in ("sdpa", NAME):
         use_ciuic_attention(model)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ciuic_hf.modules.linear import WEIGHT, CiuicLinear
+from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.runtime.cache.latent import LatentShape
 from ciuic_kernels.format import BLOCK_ROWS
 from ciuic_kernels.ops._products import Matrix
@@ -48,7 +49,9 @@ class KvUpProjection:
         )
 
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        heads = self.linear(latent)[:, 0].unflatten(-1, (-1, self.shape.nope + self.shape.value)).transpose(1, 2)
+        heads = (
+            self.linear(latent)[:, 0].unflatten(-1, (-1, self.shape.nope + self.shape.value)).transpose(1, 2)
+        )
         nope, value = heads.split([self.shape.nope, self.shape.value], dim=-1)
         return nope, value
 
@@ -75,11 +78,18 @@ class KvUpProjection:
                 yield slice(first, first + step), weight[first : first + step].to(dtype)
             return
         matrix = Matrix(
-            self.linear.weight, self.linear.weight_tags, *self.linear.derived(WEIGHT), count * rows, self.shape.rank
+            self.linear.weight,
+            self.linear.get_parameter(WEIGHT + TAGS),
+            *self.linear.derived(WEIGHT),
+            count * rows,
+            self.shape.rank,
         )
         for first in range(0, count, step):
             last = min(first + step, count)
             strips = range(first * rows // BLOCK_ROWS, -(-last * rows // BLOCK_ROWS))
             band = matrix.decode(strips, dtype)
             skip = first * rows - strips.start * BLOCK_ROWS
-            yield slice(first, last), band[skip : skip + (last - first) * rows].view(-1, rows, self.shape.rank)
+            yield (
+                slice(first, last),
+                band[skip : skip + (last - first) * rows].view(-1, rows, self.shape.rank),
+            )

@@ -124,7 +124,9 @@ def attend(query: Tensor, history: History, scale: float, mask: Mask) -> Tensor:
         q = rotate(q)
     tokens = TILE // (batch * cached * (width + values_width))
     grouped = q.unflatten(1, (cached, heads // cached))
-    out = accumulate(history, tokens, lambda tile: ((tile.keys,), tile.values), (grouped,), values_width, mask)
+    out = accumulate(
+        history, tokens, lambda tile: ((tile.keys,), tile.values), (grouped,), values_width, mask
+    )
     if history.formats.values.rotates:
         out = rotate(out)
     return out.flatten(1, 2).to(query.dtype)

@@ -26,7 +26,7 @@ class Deferred(Tensor):
         device: torch.device,
         compute: Callable[[], Tensor],
     ) -> Deferred:
-        out: Deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        out: Deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         out.compute = compute
         return out
 
@@ -34,7 +34,7 @@ class Deferred(Tensor):
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map_only(Deferred, lambda x: x.compute(), (args, kwargs or {}))

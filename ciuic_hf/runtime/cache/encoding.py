@@ -41,9 +41,7 @@ def empty_record(like: Tensor, tokens: int, fmt: Format) -> Record:
     batch, heads, _, width = like.shape
     if isinstance(fmt, ChannelFormat):
         columns = [tokens * w // 8 for w in PLANES[fmt.bits]] + [tokens // fmt.group]
-        parts = [
-            like.new_empty(batch, heads, width, n, dtype=torch.uint8) for n in columns
-        ]
+        parts = [like.new_empty(batch, heads, width, n, dtype=torch.uint8) for n in columns]
         return (*parts, like.new_empty(batch, heads, width, columns[-1], dtype=torch.float16))
     columns = [padded(width) * w // 8 for w in PLANES[fmt.bits]] + [-(-width // fmt.group)]
     return tuple(like.new_empty(batch, heads, tokens, n, dtype=torch.uint8) for n in columns)
@@ -87,7 +85,9 @@ def _float16_not_above(x: Tensor) -> Tensor:
     """float16, rounded towards minus infinity."""
     near = x.half()
     bits = near.view(torch.int16)
-    below = torch.where(near > 0, bits - 1, torch.where(near < 0, bits + 1, _SMALLEST_NEGATIVE)).view(torch.float16)
+    below = torch.where(near > 0, bits - 1, torch.where(near < 0, bits + 1, _SMALLEST_NEGATIVE)).view(
+        torch.float16
+    )
     return torch.where(near.float() > x, below, near)
 
 
@@ -119,10 +119,8 @@ def _encode_tokens(x: Tensor, fmt: TokenFormat) -> Record:
 
 def _decode_tokens(record: Record, width: int, fmt: TokenFormat) -> Tensor:
     *planes, scale = record
-    if fmt.bits == 8:
-        values = planes[0].view(torch.int8).float()
-    else:
-        values = unpack_lloyd(tuple(planes), fmt.bits)
+    eight = fmt.bits == 8
+    values = planes[0].view(torch.int8).float() if eight else unpack_lloyd(tuple(planes), fmt.bits)
     values = values[..., :width]
     scales = scale_table(scale.device)[scale.int()]
     if scales.shape[-1] == 1:

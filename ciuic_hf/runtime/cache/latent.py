@@ -86,7 +86,13 @@ def _absorbed(
 
 
 def _expanded(
-    nope: Tensor, rotary: Tensor, history: History, up: UpProjection, shape: LatentShape, mask: Mask, dtype: torch.dtype
+    nope: Tensor,
+    rotary: Tensor,
+    history: History,
+    up: UpProjection,
+    shape: LatentShape,
+    mask: Mask,
+    dtype: torch.dtype,
 ) -> Tensor:
     formats = history.formats
 
