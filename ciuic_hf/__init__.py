@@ -13,12 +13,10 @@ from ciuic_hf.compressor.adaptive import adaptive_compress as adaptive_compress
 from ciuic_hf.compressor.compressed import CompressedTensor as CompressedTensor
 from ciuic_hf.compressor.compressor import CiuicCompressor as CiuicCompressor
 from ciuic_hf.errors import CiuicError as CiuicError
-from ciuic_hf.hf import attention as _attention
-from ciuic_hf.hf import generating as _generating
 from ciuic_hf.hf import merge as _merge
 from ciuic_hf.hf.apply import apply_ciuic_compression as apply_ciuic_compression
-from ciuic_hf.hf.attention import use_ciuic_attention as use_ciuic_attention
 from ciuic_hf.hf.cache import CiuicCache as CiuicCache
+from ciuic_hf.hf.cache import use_ciuic_attention as use_ciuic_attention
 from ciuic_hf.hf.config import CiuicConfig as CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer as CiuicQuantizer
 from ciuic_hf.memory_calculator import MemoryCalculator as MemoryCalculator
@@ -30,7 +28,5 @@ from ciuic_kernels import tuning as _tuning
 
 __version__ = "0.1.0"
 
-_attention.install()
-_generating.install()
 _merge.install()
 _tuning.add_search_path(_packaged.configs_folder() / "tuned")

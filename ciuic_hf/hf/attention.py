@@ -1,7 +1,7 @@
 """The attention implementation ``"ciuic"``: transformers' own sdpa, and tile by tile where a CiuicCache is read.
 
-Registered under that name when ciuic_hf is imported, for attention and for masks. A causal mask over many tokens is
-made for one tile at a time; any other mask is what sdpa gets.
+Registered under that name, for attention and for masks, when the first CiuicCache is made. A causal mask over many
+tokens is made for one tile at a time; any other mask is what sdpa gets.
 """
 
 from __future__ import annotations
@@ -185,17 +185,8 @@ def _expand_kv(self: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tenso
     return states[0], states[1]
 
 
-def use_ciuic_attention(model: Any) -> Any:
-    """Have a transformers model read a CiuicCache tile by tile; with any other cache it computes as with sdpa.
-
-    Attention with latents (DeepSeek V2, V3) attends to the latents themselves.
-
-    Returns:
-        The model.
-
-    Raises:
-        CiuicError: for a model whose attention cannot be exchanged.
-    """
+def switch(model: Any) -> None:
+    """See ``ciuic_hf.use_ciuic_attention``."""
     model.set_attn_implementation(NAME)
     if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
         raise CiuicError(
@@ -204,7 +195,6 @@ def use_ciuic_attention(model: Any) -> Any:
     for module in model.modules():
         if has_latents(module) and "expand_kv" not in module.__dict__:
             module.expand_kv = MethodType(_expand_kv, module)
-    return model
 
 
 def install() -> None:

@@ -188,6 +188,7 @@ class CiuicCache(Cache):
         offload_only_non_sliding: bool = True,
     ) -> None:
         self.bits = check_cache_bits(bits)
+        _install()
         super().__init__(
             layers=_layers(config, bits),
             offloading=offloading,
@@ -209,6 +210,31 @@ class CiuicCache(Cache):
             )
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
+
+
+def use_ciuic_attention(model: Any) -> Any:
+    """Have a transformers model read a CiuicCache tile by tile; with any other cache it computes as with sdpa.
+
+    Attention with latents (DeepSeek V2, V3) attends to the latents themselves.
+
+    Returns:
+        The model.
+
+    Raises:
+        CiuicError: for a model whose attention cannot be exchanged.
+    """
+    _install()
+    from ciuic_hf.hf.attention import switch
+
+    switch(model)
+    return model
+
+
+def _install() -> None:
+    """Let transformers know the cache. At the first use: what this imports makes ``import ciuic_hf`` slow."""
+    from ciuic_hf.hf import generating
+
+    generating.install()
 
 
 def _layers(config: Any, bits: int) -> list[Any]:

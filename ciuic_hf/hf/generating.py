@@ -1,8 +1,9 @@
 """Lets ``generate`` and pipelines use a CiuicCache.
 
-``GenerationMixin._prepare_cache_for_generation`` chooses the cache of a call and has no hook, so it is wrapped when
-ciuic_hf is imported: a model loaded with ``cache_bits`` gets a CiuicCache where it would get a DynamicCache, and a
-model that is given a CiuicCache is switched to the attention that reads it (docs/adr/018). Nothing changes for others.
+``GenerationMixin._prepare_cache_for_generation`` chooses the cache of a call and has no hook, so it is wrapped when the
+first CiuicCache is made, which a load with ``cache_bits`` does: a model loaded so gets a CiuicCache where it would get
+a DynamicCache, and a model that is given a CiuicCache is switched to the attention that reads it (docs/adr/018).
+Nothing changes for others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.hf.attention import NAME, use_ciuic_attention
+from ciuic_hf.hf import attention
 from ciuic_hf.hf.cache import CiuicCache
 from ciuic_hf.hf.config import CiuicConfig
 
@@ -30,10 +31,11 @@ def cache_bits(model: Any) -> int | None:
 
 
 def install() -> None:
-    """Wrap ``_prepare_cache_for_generation`` once."""
+    """Register the attention and wrap ``_prepare_cache_for_generation``, once."""
     original = GenerationMixin._prepare_cache_for_generation
     if getattr(original, "wrapped_by_ciuic", False):
         return
+    attention.install()
 
     @wraps(original)
     def prepare(
@@ -59,5 +61,5 @@ def _use_attention(model: Any) -> None:
             f"{type(model).__name__} keeps a state of its own instead of a cache; use it without one."
         )
     chosen = model.config.get_text_config(decoder=True)._attn_implementation
-    if chosen in ("sdpa", NAME):
-        use_ciuic_attention(model)
+    if chosen in ("sdpa", attention.NAME):
+        attention.switch(model)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["tensors.md"])
+@pytest.mark.parametrize("page", ["cache.md", "tensors.md"])
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     logging.disable_progress_bar()

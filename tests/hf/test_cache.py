@@ -215,6 +215,9 @@ def test_a_compressed_model_with_cache_bits_uses_them_by_itself(
     again = auto.from_pretrained(tmp_path / "saved", dtype=torch.float32).generate(prompt, **options)
     assert isinstance(again.past_key_values, CiuicCache)
     assert torch.equal(again.sequences, out.sequences)
+    with pytest.warns(UserWarning, match="quantization_config"):  # transformers', of the other settings
+        other = auto.from_pretrained(tmp_path / "saved", quantization_config=CiuicConfig(cache_bits=2))
+    assert other.generate(prompt, **options).past_key_values.bits == 2
 
 
 def test_compressed_weights_are_absorbed(
