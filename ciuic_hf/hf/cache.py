@@ -253,7 +253,9 @@ def _layers(config: Any, bits: int) -> list[Any]:
         classes = [DYNAMIC_LAYER_TYPE_MAPPING[name] for name in names]
     except (AttributeError, KeyError) as error:
         raise CiuicError(f"{kind} has layers that no cache of transformers describes ({error}).") from None
-    layers = []
+    if isinstance(arguments, dict):  # transformers 5.17 has one for all layers
+        arguments = [arguments] * len(names)
+    layers: list[Any] = []
     for name, cls, options in zip(names, classes, arguments, strict=True):
         if cls is DynamicLayer:
             layers.append(CiuicLayer(bits, latent))
