@@ -111,8 +111,8 @@ class CiuicLayer(DynamicLayer):
         return 0 if self.store is None else len(self.store)
 
     def reset(self) -> None:
+        self.store, self.is_initialized = None, False
         super().reset()
-        self.store = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens; a positive number is a length to crop to."""
