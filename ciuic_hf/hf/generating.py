@@ -46,9 +46,9 @@ def install() -> None:
         if bits is not None and wanted and generation_config.use_cache and model_kwargs.get(CACHE) is None:
             offloading = generation_config.cache_implementation == "offloaded"
             model_kwargs[CACHE] = CiuicCache(self.config, bits, offloading=offloading)
+            generation_config.cache_implementation = None
         if isinstance(model_kwargs.get(CACHE), CiuicCache):
             _use_attention(self)
-            generation_config.cache_implementation = None
         return original(self, generation_config, model_kwargs, *args, **kwargs)
 
     prepare.wrapped_by_ciuic = True  # type: ignore[attr-defined]
