@@ -16,6 +16,8 @@ from ciuic_hf.errors import CiuicError as CiuicError
 from ciuic_hf.hf import merge as _merge
 from ciuic_hf.hf.adapters import hooks as _adapters
 from ciuic_hf.hf.apply import apply_ciuic_compression as apply_ciuic_compression
+from ciuic_hf.hf.cache import CiuicCache as CiuicCache
+from ciuic_hf.hf.cache import use_ciuic_attention as use_ciuic_attention
 from ciuic_hf.hf.callbacks import ActivationCompressionCallback as ActivationCompressionCallback
 from ciuic_hf.hf.config import CiuicConfig as CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer as CiuicQuantizer

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ciuic_hf.config import ADAPTIVE, CompressionIntent, Setting, check_policy
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.devices import device_key
+from ciuic_hf.planning.cache_formats import check_cache_bits
 from ciuic_hf.planning.memory import parse_size
 from ciuic_kernels import FORMAT_VERSION
 
@@ -90,6 +91,7 @@ class CiuicConfig(QuantizationConfigMixin):
             counted that :mod:`ciuic_hf.planning.memory` lists. Bits are chosen to fill it. ``"auto"`` is what the
             device has free. ``{0: "22GiB", 1: "46GiB"}`` is for each device of an explicit ``device_map``.
         context, batch: with memory: tokens of a sequence, and how many sequences at once.
+        cache_bits: 8, 4, 3 or 2: ``generate`` keeps keys and values compressed (``CiuicCache``).
 
     Example:
         ``CiuicConfig(bits=4.25, modules={"embeddings": 8, "attention": 6, "model.layers.0.": 8})``
@@ -109,6 +111,7 @@ class CiuicConfig(QuantizationConfigMixin):
         memory: str | int | Mapping[int | str, str | int] | None = None,
         context: int | None = None,
         batch: int = 1,
+        cache_bits: int | None = None,
         quant_method: str = METHOD,
         format_version: int = FORMAT_VERSION,
         parameters: Mapping[str, Mapping[str, Any]] | None = None,
@@ -118,7 +121,7 @@ class CiuicConfig(QuantizationConfigMixin):
         if unknown:
             raise CiuicError(
                 f"CiuicConfig has no option {', '.join(sorted(unknown))}; it takes bits, modules, policy, "
-                "sensitivity, calibration, plan, memory, context and batch."
+                "sensitivity, calibration, plan, memory, context, batch and cache_bits."
             )
         if quant_method != METHOD:
             raise CiuicError(f"quant_method of a CiuicConfig is {METHOD!r}, got {quant_method!r}.")
@@ -141,6 +144,7 @@ class CiuicConfig(QuantizationConfigMixin):
         self.plan = str(plan) if plan is not None else None
         self.memory = _parse_memory(memory)
         self.context, self.batch = context, batch
+        self.cache_bits = None if cache_bits is None else check_cache_bits(cache_bits)
         self.parameters = {name: dict(entry) for name, entry in (parameters or {}).items()}
         self.kept = dict(kept or {})
         self.source_quantization: dict[str, Any] | None = None

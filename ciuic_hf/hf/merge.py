@@ -53,7 +53,11 @@ def install() -> None:
             merged = merge_for_ciuic(quantization_config, quantization_config_from_args)
             if merged is not None:
                 return merged
-        return original(quantization_config, quantization_config_from_args)
+        merged = original(quantization_config, quantization_config_from_args)
+        bits = getattr(quantization_config_from_args, "cache_bits", None)
+        if isinstance(merged, CiuicConfig) and bits is not None:
+            merged.cache_bits = bits  # of the run, not of the file
+        return merged
 
     merge_quantization_configs.wrapped_by_ciuic = True  # type: ignore[attr-defined]
     AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)

@@ -20,6 +20,7 @@ from ciuic_hf.checkpoint import TensorHeader, check_files
 from ciuic_hf.config import ADAPTIVE
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8, saving
+from ciuic_hf.hf.cache import CiuicCache
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import AUTO, METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
@@ -81,6 +82,8 @@ class CiuicQuantizer(HfQuantizer):
             )
         headers = check_files(checkpoint_files or [])
         config = self.quantization_config
+        if config.cache_bits is not None:
+            CiuicCache(model.config, config.cache_bits)  # refuses a model that has nothing to cache
         with torch.device("cpu"):  # transformers calls this with meta as the default device
             if self.pre_quantized:
                 check_sizes(config, headers)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["tensors.md", "finetuning.md", "training-memory.md"])
+@pytest.mark.parametrize("page", ["tensors.md", "finetuning.md", "training-memory.md", "cache.md"])
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     logging.disable_progress_bar()
