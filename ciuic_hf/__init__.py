@@ -18,7 +18,6 @@ from ciuic_hf.hf.adapters import hooks as _adapters
 from ciuic_hf.hf.apply import apply_ciuic_compression as apply_ciuic_compression
 from ciuic_hf.hf.cache import CiuicCache as CiuicCache
 from ciuic_hf.hf.cache import use_ciuic_attention as use_ciuic_attention
-from ciuic_hf.hf.callbacks import ActivationCompressionCallback as ActivationCompressionCallback
 from ciuic_hf.hf.config import CiuicConfig as CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer as CiuicQuantizer
 from ciuic_hf.hf.training import prepare_for_training as prepare_for_training
@@ -39,3 +38,12 @@ __version__ = "0.1.0"
 _merge.install()
 _adapters.install()
 _tuning.add_search_path(_packaged.configs_folder() / "tuned")
+
+
+def __getattr__(name: str) -> object:
+    """``ActivationCompressionCallback`` when it is asked for: a Trainer's callback imports peft and Triton."""
+    if name == "ActivationCompressionCallback":
+        from ciuic_hf.hf.callbacks import ActivationCompressionCallback
+
+        return ActivationCompressionCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

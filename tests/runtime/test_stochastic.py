@@ -65,7 +65,8 @@ def test_no_value_moves_further_than_a_step(
         assert restored.shape == values.shape and restored.dtype == values.dtype
         assert groups.nbytes == packed_nbytes(values.numel(), bits, group, signed=signed)
         # the dtype of the result rounds once more
-        rounding = torch.finfo(values.dtype).eps * (values.float().abs() + steps(groups))
+        kind = torch.finfo(values.dtype)
+        rounding = kind.eps * (values.float().abs() + steps(groups) + kind.smallest_normal)
         error = (restored.float() - values.float()).abs()
         assert (error <= most * steps(groups) * (1 + 1e-4) + rounding + 1e-37).all()
 
@@ -203,8 +204,9 @@ def test_draws_of_neighbours_and_of_tensors_are_independent() -> None:
         ups.append((unpack(groups).view(-1, 16)[:, 1:-1] > 7.5).double() - 0.5)
     together = torch.cat(ups, 1)
     share = together.mean(0)
-    # step and low make 7.5 nearly half: below a percent off, with a standard deviation of 0.25 %
-    assert (share.abs() < 0.05).all()
+    # The step is 1.0078, the next bfloat16 above 1: 7.5 goes up with probability 0.44, not 0.5, and its standard
+    # deviation over 40,000 draws is 0.25 %.
+    assert ((share + 0.058).abs() < 0.015).all()
     centred = together - share
     correlation = (centred.T @ centred) / len(centred) / centred.var(0).mean()
     assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 6 / 40_000**0.5

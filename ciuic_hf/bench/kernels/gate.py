@@ -45,7 +45,7 @@ class Sizes:
     mixed_shapes: tuple[tuple[int, ...], ...] = ((150, 576), (5, 40))
     experts: tuple[tuple[int, ...], ...] = ((6, 128, 1024),)
     mixed_experts: tuple[tuple[int, ...], ...] = ((4, 70, 300),)
-    tokens: tuple[int, ...] = (1, 3, 8, 16, 24, 33, 64, 128, 200)
+    tokens: tuple[int, ...] = (1, 3, 8, 16, 24, 33, 64, 128, 200, 260)
     pairs: tuple[tuple[int, int], ...] = ((1, 2), (9, 3), (40, 3))
     ids: int = 38
 
