@@ -27,7 +27,7 @@ from ciuic_hf.hf.streaming import Rehearsal, Streaming
 from ciuic_hf.hf.unfinished import Unfinished, describe_work, unfinished_path
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
-from ciuic_hf.report import Report
+from ciuic_hf.report import Report, Rounded
 from ciuic_hf.shards import ShardFiles
 
 __all__ = ["Progress", "compress_checkpoint", "unfinished_path"]
@@ -93,12 +93,12 @@ def compress_checkpoint(
             recording = _prepare(model, origin, work, max_shard_size)
             files = ShardFiles(work.model, recording.headers, recording.slots)
             _begin_or_resume(work, plan, files)
-            _stream(origin, config, work, files, recording, rehearsal, on_progress)
+            rounded = _stream(origin, config, work, files, recording, rehearsal, on_progress)
             if describe_work(origin, config, max_shard_size, rehearsal.codec_ids) != plan:
                 raise CiuicError(f"Files of {origin.directory} changed while they were read; begin anew.")
             work.publish()
     report: Report = model.ciuic_report
-    report.source = origin.name
+    report.source, report.rounded = origin.name, rounded
     report.did, report.seconds = "Compressed", time.perf_counter() - started
     report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
     return report
@@ -173,8 +173,8 @@ def _stream(
     recording: Recording,
     rehearsal: Rehearsal,
     on_progress: Callable[[Progress], None],
-) -> None:
-    """Load again, this time into the files."""
+) -> Rounded | None:
+    """Load again, this time into the files. Returns what was rounded by a calibration in this run."""
     total = sum(slot.nbytes for slot in files.slots.values())
     resumed = written = sum(files.slots[name].nbytes for name in work.journal.done)
 
@@ -186,12 +186,14 @@ def _stream(
     advanced(0)
     streaming = Streaming(files, work.journal, recording.stored_names, rehearsal.duplicates, advanced)
     try:
-        _load(origin, config, streaming)
+        loaded = _load(origin, config, streaming)
     finally:
         streaming.sync()  # an interrupt too keeps what is finished
         files.close()
     left = files.slots.keys() - work.journal.done
     assert not left, f"never written: {sorted(left)[:3]}"
+    rounded: Rounded | None = loaded.ciuic_report.rounded
+    return rounded
 
 
 @contextmanager

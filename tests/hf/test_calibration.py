@@ -18,10 +18,12 @@ from ciuic_hf.cli.main import main
 from ciuic_hf.demo import bf16_path
 from ciuic_hf.hf import probe
 from ciuic_hf.hf.layered import decoder_layers
+from ciuic_hf.hf.offline import compress_checkpoint
 from ciuic_hf.hf.probe import Moments, measure
 from ciuic_hf.hf.streamed import StreamedModel
 from ciuic_hf.planning.moments import InputMoments, factor_of, moments_of
 from ciuic_hf.planning.sensitivity import Sensitivity
+from tests.hf.conftest import read_files
 
 DOWN = "model.layers.1.mlp.experts.down_proj"
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
@@ -199,3 +201,16 @@ def test_activations_that_are_not_finite_are_named(
     )
     with pytest.raises(CiuicError, match="not finite"):
         measure(model, some_ids(1), "test", moments=Moments())
+
+
+@pytest.mark.parametrize("family", ["v3_bf16", "v3_fp8"])
+def test_offline_compression_rounds_the_same(
+    family: str, checkpoint: Callable[[str], Path], calibration: Path, tmp_path: Path
+) -> None:
+    path, config = checkpoint(family), CiuicConfig(bits=3.25, calibration=calibration)
+    report = compress_checkpoint(path, tmp_path / "offline", config)
+    loaded = load(path, bits=3.25, calibration=calibration)
+    assert report.rounded == loaded.ciuic_report.rounded and report.rounded.matrices > 20
+    loaded.save_pretrained(tmp_path / "loaded")
+    ours, theirs = (read_files(tmp_path / name) for name in ("offline", "loaded"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
