@@ -1,4 +1,4 @@
-"""`ciuic bench memory`: the search, the rows and the table; slow: the processes."""
+"""`ciuic bench memory`: the search, the rows, the table and the picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -16,11 +15,7 @@ from ciuic_hf.bench.memory import MemoryRow, measure_memory, measure_row, table
 from ciuic_hf.bench.memory_search import largest_measured, largest_within
 from ciuic_hf.bench.memory_settings import BATCH, LENGTH, MODEL, Setting, settings
 from ciuic_hf.bench.plot import draw_memory
-from ciuic_hf.cli.main import main
-from ciuic_hf.demo.config import TINY_CONFIG
 from ciuic_hf.errors import CiuicError
-
-LENGTHS = {"vocab_size": 512, "max_position_embeddings": 8192}
 
 
 class Silent:
@@ -130,26 +125,3 @@ def test_without_peft_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_keys_are_as_wide_as_values() -> None:
     """Else torch's attention forms scores on a CPU, and sequences grow with the square."""
     assert MODEL["qk_nope_head_dim"] + MODEL["qk_rope_head_dim"] == MODEL["v_head_dim"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures by /proc")
-def test_the_command_on_a_tiny_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Real processes: the rows hold what ran, and packed activations take less than plain ones."""
-    pytest.importorskip("peft")
-    if torch.cuda.is_available():
-        pytest.skip("sizes are for a CPU")
-    monkeypatch.setattr(memory, "MODEL", TINY_CONFIG | LENGTHS | {"v_head_dim": 24})
-    monkeypatch.setattr(memory, "BATCH_CAP", 8)
-    monkeypatch.setattr(memory, "LENGTH_CAP", 1024)
-    out = tmp_path / "memory.json"
-    assert not main(["bench", "memory", "--cache", str(tmp_path), "--json", str(out)])
-    rows = json.loads(out.read_text())
-    assert [row["setting"]["name"] for row in rows] == [setting.name for setting in settings()]
-    peaks = [row["batches"][str(BATCH)] for row in rows]
-    assert peaks[3] < peaks[2] < peaks[1] < peaks[0]
-    assert rows[3]["batch"] == 8 and rows[3]["length"] == 1024
-    shown = capsys.readouterr().out
-    assert "One LoRA training step" in shown and "+ cache at 4 bits" in shown
