@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ciuic_hf.bench.memory import MemoryRow
 from ciuic_hf.pictures.png import require_matplotlib
 
 
@@ -76,4 +77,34 @@ def draw_kl_against_bits(path: Path, lines: Mapping[str, Sequence[tuple[float, f
     axes.set_title(title, fontsize=11)
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def draw_memory(path: Path, rows: Sequence[MemoryRow]) -> None:
+    """Measured peaks against batch and against length, a line for each setting, and the budget across.
+
+    Raises:
+        CiuicError: when matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    grid = figure.subplots(2, 2)
+    for across, work in zip(grid, ("train", "generate"), strict=True):
+        chosen = [row for row in rows if row.setting.work == work]
+        for axes, axis in zip(across, ("batch", "length"), strict=True):
+            for place, row in enumerate(chosen):
+                measured = sorted((row.batches if axis == "batch" else row.lengths).items())
+                axes.plot(
+                    [size for size, _ in measured], [nbytes / 2**20 for _, nbytes in measured],
+                    _MARKERS[place] + "-", color=_SHADES[place], label=row.setting.name, markersize=5,
+                )  # fmt: skip
+            axes.axhline(chosen[0].budget_nbytes / 2**20, color="#6b7280", linestyle="--", label="budget")
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("batch, 512 tokens each" if axis == "batch" else "tokens, batch of 4")
+            axes.set_ylabel("peak memory (MiB)")
+            axes.set_title("LoRA training step" if work == "train" else "generate", fontsize=11)
+            axes.grid(True, alpha=0.25)
+        across[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

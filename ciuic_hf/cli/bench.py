@@ -55,11 +55,25 @@ def add_command(commands: Any) -> None:
     products.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
     products.add_argument("--codec", default="grid4_g32", help="block codec (default grid4_g32)")
     products.set_defaults(run=run_products)
+    memory = _add_memory(kinds)
     _add_kernels(kinds)
     _add_tune(kinds)
-    for kind in (load, decode, quality, products):
+    for kind in (load, decode, quality, products, memory):
         kind.add_argument("--json", type=Path, help="also write the numbers to this file")
         kind.add_argument("--cache", type=Path, default=Path("ciuic-bench"), help="directory for the models")
+
+
+def _add_memory(kinds: Any) -> argparse.ArgumentParser:
+    memory: argparse.ArgumentParser = kinds.add_parser(
+        "memory", help="batch and sequence that fit where 4 x 512 fit plain, piece by piece; needs PEFT"
+    )
+    memory.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture; needs matplotlib")
+    memory.add_argument(
+        "--checkpointing", action="store_true", help="also torch's gradient checkpointing, for comparison"
+    )
+    memory.add_argument("--device", help="default: a CUDA device if there is one, else the CPU")
+    memory.set_defaults(run=run_memory)
+    return memory
 
 
 def _add_kernels(kinds: Any) -> None:
@@ -133,6 +147,26 @@ def run_products(arguments: argparse.Namespace) -> None:
 
     rows = measure_products(arguments.codec, arguments.repeats)
     _show(table(rows), rows, arguments.json)
+
+
+def run_memory(arguments: argparse.Namespace) -> None:
+    from ciuic_hf.bench.memory import measure_memory, table
+    from ciuic_hf.bench.plot import draw_memory
+    from ciuic_hf.pictures.png import require_matplotlib
+
+    if arguments.plot:
+        require_matplotlib()
+    device = arguments.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    with ShownProgress() as progress:
+        rows = measure_memory(arguments.cache, progress, device=device, checkpointing=arguments.checkpointing)
+    for work in ("train", "generate"):
+        Console().print(table(rows, work))
+    if arguments.json:
+        text = json.dumps([row.to_dict() for row in rows], indent=2)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    if arguments.plot:
+        draw_memory(arguments.plot, rows)
+        print(f"Picture: {arguments.plot}")
 
 
 def run_kernels(arguments: argparse.Namespace) -> int:
