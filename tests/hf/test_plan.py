@@ -81,17 +81,21 @@ def test_a_plan_with_cache_bits(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The saved plan brings them along; the other caches are among the alternatives."""
-    path, file = str(checkpoint("llama_wide")), tmp_path / "plan.json"
-    options = ["plan", path, "--memory", "60MiB", "--context", "512", "--batch", "4", "--device", "cpu"]
+    path, file = checkpoint("llama_wide"), tmp_path / "plan.json"
+    text = AutoConfig.from_pretrained(path).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(text | {"max_position_embeddings": 100_000}))
+    options = ["plan", str(tmp_path / "config.json"), "--memory", "60MiB", "--device", "cpu"]
+    options += ["--context", "2048", "--batch", "2"]
     assert main([*options, "--cache-bits", "8", "--save", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    text = AutoConfig.from_pretrained(path).to_dict()
-    assert found["cache_bits"] == 8 and found["budget"]["cache"] == cache_nbytes(text, 8, 512, 4)
+    element = torch.empty(0, dtype=AutoConfig.from_pretrained(path).dtype).element_size()
+    assert found["cache_bits"] == 8
+    assert found["budget"]["cache"] == cache_nbytes(text, 8, 2048, 2, element)
     rows = {row["choice"]: row for row in found["alternatives"]}
     contexts = [rows[name]["longest_context"] for name in ("cache in full", "this plan", "cache at 4 bits")]
     assert contexts == sorted(contexts) and contexts[0] < contexts[2] and "cache at 8 bits" not in rows
-    assert load_with(Path(path), plan=file).config.quantization_config.cache_bits == 8
-    assert load_with(Path(path), plan=file, cache_bits=4).config.quantization_config.cache_bits == 4
+    assert load_with(path, plan=file).config.quantization_config.cache_bits == 8
+    assert load_with(path, plan=file, cache_bits=4).config.quantization_config.cache_bits == 4
     assert main([*options, "--cache-bits", "4"]) == 0
     assert "cache at 4 bits; beside" in " ".join(capsys.readouterr().out.split())
 
