@@ -23,6 +23,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--bits", type=float, help="instead of a memory: bits per weight")
     command.add_argument("--context", type=int, default=8192, help="tokens of a sequence (default 8192)")
     command.add_argument("--batch", type=int, default=1, help="sequences at once (default 1)")
+    command.add_argument("--cache-bits", type=int, choices=(8, 4, 3, 2), help="compress the cache")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind (default cuda)")
     command.add_argument("--sensitivity", type=Path, help="file of `ciuic calibrate`")
     command.add_argument("--save", type=Path, help="write the plan, for CiuicConfig(plan=...)")
@@ -83,6 +84,7 @@ def _request(arguments: argparse.Namespace) -> Any:
         4.25 if arguments.bits is None else arguments.bits,
         arguments.sensitivity,
         arguments.device,
+        arguments.cache_bits,
     )
 
 
@@ -92,7 +94,7 @@ def _refusal(error: Any, ways: dict[str, int], setups: list[str]) -> str:
     from ciuic_kernels.format import ceil_div
 
     options = [f"--memory {ceil_div(error.needed, 1 << 20)}MiB"]
-    options += [f"--{name} {value}" for name, value in ways.items()]
+    options += [f"--{name.replace('_', '-')} {value}" for name, value in ways.items()]
     cards = f", or {', or '.join(setups)}" if setups else ""
     each = "each device needs" if error.several else "it needs"
     return (

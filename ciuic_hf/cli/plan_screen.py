@@ -80,6 +80,16 @@ def _roles(found: dict[str, Any], console: Console) -> None:
 
 
 def _quality(found: dict[str, Any]) -> str:
+    added = found["reference_cache_kl"]
+    cache = (
+        ""
+        if added is None
+        else f" Its cache added {added:.3f} to that of SmolLM2 135M, without a forecast here."
+    )
+    return _weights_quality(found) + cache
+
+
+def _weights_quality(found: dict[str, Any]) -> str:
     if found["predicted_kl"] is not None:
         return f"Quality: KL to the original {found['predicted_kl']:.3f} nats per token, by measured sensitivities."
     reference = found["reference_quality"]
@@ -101,7 +111,9 @@ def _speed(found: dict[str, Any]) -> str:
 
 
 def _limits(found: dict[str, Any]) -> str:
-    counted = f"Counted for {found['context']:,} tokens in {found['batch']} sequence{'s' if found['batch'] > 1 else ''}"
+    sequences = f"{found['batch']} sequence{'s' if found['batch'] > 1 else ''}"
+    cache = f", cache at {found['cache_bits']} bits" if found["cache_bits"] else ""
+    counted = f"Counted for {found['context']:,} tokens in {sequences}{cache}"
     limit = found["max_position_embeddings"]
     beyond = f", more than the {limit:,} the model was made for" if limit and found["context"] > limit else ""
     if found["memory"] is None:

@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 from transformers.utils import logging
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.planning.cache_formats import cache_formats, check_cache_bits
+from ciuic_hf.planning.cache_formats import CACHE_BITS, cache_formats, check_cache_bits
 from ciuic_hf.runtime.cache.deferred import Deferred
 from ciuic_hf.runtime.cache.store import History, LayerStore
 
@@ -228,6 +228,15 @@ def use_ciuic_attention(model: Any) -> Any:
 
     switch(model)
     return model
+
+
+def can_compress_cache(config: Any) -> bool:
+    """Whether a CiuicCache serves a model of this config."""
+    try:
+        _layers(config, CACHE_BITS[0])
+    except CiuicError:
+        return False
+    return True
 
 
 def _install() -> None:

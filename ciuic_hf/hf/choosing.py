@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ciuic_hf.config import ADAPTIVE, MAX_BITS, MIN_BITS
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf.cache import can_compress_cache
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.placing import TooSmallError, layers_on, place_of, split_beside
 from ciuic_hf.modules.allocation import TABLES, Place, Survey, adapt_targets, allocate_targets, is_pooled
 from ciuic_hf.modules.targets import Kept, Target, find_targets
+from ciuic_hf.planning.cache_formats import CACHE_BITS
 from ciuic_hf.planning.memory import Footprint, Run, footprint, largest_fitting
 from ciuic_hf.planning.plan import ModelPlan
 from ciuic_hf.planning.rate_distortion import MENU
@@ -120,7 +122,8 @@ def choose(
     rooms, place = None, place_of(device_map or {"": ""})
     if config.memory is not None:
         text = model.config.get_text_config().to_dict()
-        rooms = _rooms(choice, config, text, device_map or {"": ""})
+        bits = CACHE_BITS if can_compress_cache(model.config) else ()
+        rooms = _rooms(choice, config, text, device_map or {"": ""}, bits)
     nonzeros = survey([t for t in choice.targets if is_pooled(t, config.intent)], False) if survey else None
     allocated, error = allocate_targets(choice.targets, config.intent, measured, rooms, place, nonzeros)
     return replace(choice, targets=allocated, error=error)
@@ -153,18 +156,18 @@ def uniform_choice(
     }
     if config.context is not None:
         context, batch = config.context, config.batch
-    run = run_of(model, dtype, device)
+    run = run_of(model, dtype, device, config.cache_bits)
     text = model.config.get_text_config().to_dict()
     beside = footprint(text, context, batch, run) if context is not None else None
     return Choice(targets, kept, kept_nbytes, None, beside, run, tied)
 
 
-def run_of(model: Any, dtype: torch.dtype | None, device: str) -> Run:
+def run_of(model: Any, dtype: torch.dtype | None, device: str, cache_bits: int | None = None) -> Run:
     """How a model will generate on a type of device."""
     eager = model.config._attn_implementation == "eager"
     element = (dtype or torch.get_default_dtype()).itemsize
     kind = "cpu" if device == "cpu" else "cuda"
-    return Run(element_nbytes=element, device=kind, path="eager" if eager else None)
+    return Run(element, cache_bits, kind, "eager" if eager else None)
 
 
 def stored_nbytes(target: Target) -> int:
@@ -218,26 +221,50 @@ def fixed_and_smallest(
 
 
 def _rooms(
-    choice: Choice, config: CiuicConfig, text: Mapping[str, Any], device_map: Mapping[str, Place]
+    choice: Choice,
+    config: CiuicConfig,
+    text: Mapping[str, Any],
+    device_map: Mapping[str, Place],
+    cache_bits: Sequence[int],
 ) -> dict[Place, int]:
-    """Bytes that the budgets leave for the weights chosen by importance. Raises TooSmallError when too few."""
+    """Bytes that the budgets leave for the weights chosen by importance. Raises TooSmallError when too few.
+
+    Args:
+        cache_bits: that the model's cache could be compressed to.
+    """
     assert choice.beside is not None
     fixed, smallest = fixed_and_smallest(choice, config, device_map)
-    beside = split_beside(choice.beside, layers_on([t.name for t in choice.targets], device_map))
-    rooms = {}
-    for where, nbytes in fixed.items():
-        memory = config.memory_of(where)
-        rooms[where] = memory - nbytes - beside[where]
-        if rooms[where] < smallest[where]:
-            context = 0
-            if len(fixed) == 1:
-                room = memory - nbytes - smallest[where]
-                context = largest_fitting(text, room, choice.run, batch=config.batch)
-            weights = nbytes + smallest[where]
-            raise TooSmallError(
-                where, memory, weights, beside[where], config.context, config.batch, context, len(fixed) > 1
-            )
+    least = {where: fixed[where] + smallest[where] for where in fixed}
+    layers = layers_on([t.name for t in choice.targets], device_map)
+    beside = split_beside(choice.beside, layers)
+    rooms = {where: config.memory_of(where) - fixed[where] - beside[where] for where in fixed}
+    for where, room in rooms.items():
+        if room >= smallest[where]:
+            continue
+        memory, context = config.memory_of(where), 0
+        if len(fixed) == 1:
+            context = largest_fitting(text, memory - least[where], choice.run, batch=config.batch)
+        enough = (
+            n for n in cache_bits if _fits(config, text, replace(choice.run, cache_bits=n), least, layers)
+        )
+        bits, several = next(enough, 0), len(fixed) > 1
+        raise TooSmallError(
+            where, memory, least[where], beside[where], config.context, config.batch, context, several, bits
+        )
     return rooms
+
+
+def _fits(
+    config: CiuicConfig,
+    text: Mapping[str, Any],
+    run: Run,
+    weights: Mapping[Place, int],
+    layers: Mapping[Place, int],
+) -> bool:
+    """Whether these weights leave every device enough to generate so."""
+    assert config.context is not None
+    beside = split_beside(footprint(text, config.context, config.batch, run), layers)
+    return all(nbytes + beside[where] <= config.memory_of(where) for where, nbytes in weights.items())
 
 
 def describe(targets: Sequence[Target]) -> dict[str, dict[str, Any]]:

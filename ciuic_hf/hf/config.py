@@ -91,7 +91,7 @@ class CiuicConfig(QuantizationConfigMixin):
             counted that :mod:`ciuic_hf.planning.memory` lists. Bits are chosen to fill it. ``"auto"`` is what the
             device has free. ``{0: "22GiB", 1: "46GiB"}`` is for each device of an explicit ``device_map``.
         context, batch: with memory: tokens of a sequence, and how many sequences at once.
-        cache_bits: 8, 4, 3 or 2: ``generate`` keeps keys and values compressed (``CiuicCache``).
+        cache_bits: 8, 4, 3 or 2: ``generate`` compresses keys and values (``CiuicCache``), and ``memory`` counts it.
 
     Example:
         ``CiuicConfig(bits=4.25, modules={"embeddings": 8, "attention": 6, "model.layers.0.": 8})``

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 from ciuic_hf.modules.linear import WEIGHT, CiuicLinear
 from ciuic_hf.modules.packed import TAGS
-from ciuic_hf.runtime.cache.latent import LatentShape
+from ciuic_hf.planning.tiles import BAND_WEIGHTS, LatentShape
 from ciuic_kernels.format import BLOCK_ROWS
 from ciuic_kernels.ops._products import Matrix
-
-BAND_WEIGHTS = 1 << 19
-"""Weights of ``kv_b_proj`` that are decoded at a time."""
 
 _ATTRIBUTES = ("expand_kv", "kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 

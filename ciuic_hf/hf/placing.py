@@ -26,6 +26,7 @@ class TooSmallError(CiuicError):
         weights: bytes of the smallest plan.
         needed: bytes that would do, with generation.
         context: the longest that fits with everything else as it is, 0 when none does.
+        cache_bits: the most that fit with everything else as it is, 0 when none do.
     """
 
     def __init__(
@@ -38,12 +39,15 @@ class TooSmallError(CiuicError):
         batch: int,
         context: int,
         several: bool = False,
+        cache_bits: int = 0,
     ) -> None:
         self.memory, self.weights, self.several = memory, weights, several
-        self.needed, self.context = weights + beside, context
+        self.needed, self.context, self.cache_bits = weights + beside, context, cache_bits
         ways = [f'memory="{ceil_div(self.needed, 1 << 20)}MiB"']
         if context > 0:
             ways.append(f"context={context}")
+        if cache_bits:
+            ways.append(f"cache_bits={cache_bits}")
         device = f" on device {where}" if several else ""
         super().__init__(
             f"The smallest plan needs {human_bytes(self.needed)}{device} and memory is {human_bytes(memory)}: "

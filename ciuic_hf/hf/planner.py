@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 from ciuic_hf.config import MAX_BITS
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import choosing, fp8
+from ciuic_hf.hf.cache import CiuicCache, can_compress_cache
 from ciuic_hf.hf.choosing import Choice, choose, fixed_and_smallest, stored_nbytes, uniform_choice
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.fitting import check_headers
 from ciuic_hf.hf.placing import TooSmallError, layers_on, place_of, split_beside, split_layers
 from ciuic_hf.hf.source import Source
 from ciuic_hf.modules.allocation import TABLES, Place
-from ciuic_hf.planning.forecast import active_share, reference_quality, tokens_per_second
+from ciuic_hf.planning.forecast import active_share, reference_cache_kl, reference_quality, tokens_per_second
 from ciuic_hf.planning.memory import Footprint, Sizes, footprint, largest
 from ciuic_hf.presets import card_nbytes, read_preset
 from ciuic_kernels import BlockGrid
@@ -35,6 +37,7 @@ class Request:
         card: its name in ``configs/cards.json``, None when only a size was given.
         count: devices of that memory.
         device: ``"cuda"`` or ``"cpu"``.
+        cache_bits: of a CiuicCache, None for transformers' own.
     """
 
     context: int
@@ -45,6 +48,7 @@ class Request:
     bits: float = 4.25
     sensitivity: Path | None = None
     device: str = "cuda"
+    cache_bits: int | None = None
 
 
 def meta_model(source: Source) -> Any:
@@ -73,6 +77,8 @@ class Outlook:
         self.text: dict[str, Any] = model.config.get_text_config().to_dict()
         self.limit: int | None = self.text.get("max_position_embeddings")
         memory: dict[str, Any] = {}
+        if request.cache_bits is not None:
+            CiuicCache(model.config, request.cache_bits)  # refuses a model that has nothing to cache
         self.device_map: dict[str, Place] = {"": 0}
         if request.count > 1:
             self.device_map = dict(split_layers(model, self._weights(), request.count))
@@ -82,7 +88,11 @@ class Outlook:
                 "context": request.context,
                 "batch": request.batch,
             }
-        self.config = CiuicConfig(**(memory or {"bits": request.bits}), sensitivity=request.sensitivity)
+        self.config = CiuicConfig(
+            **(memory or {"bits": request.bits}),
+            sensitivity=request.sensitivity,
+            cache_bits=request.cache_bits,
+        )
         self.choice: Choice = choose(
             model,
             self.config,
@@ -99,10 +109,18 @@ class Outlook:
         }
         return {name: BlockGrid(shape).numel for name, shape in shapes.items() if len(shape) > 1}
 
-    @cached_property
+    @property
     def beside(self) -> Footprint:
         assert self.choice.beside is not None
         return self.choice.beside
+
+    def with_cache(self, bits: int | None) -> Outlook:
+        """The same weights with a cache of other bits, None for transformers' own."""
+        other, run = copy(self), replace(self.choice.run, cache_bits=bits)
+        beside = footprint(self.text, self.request.context, self.request.batch, run)
+        other.request = replace(self.request, cache_bits=bits)
+        other.choice = replace(self.choice, run=run, beside=beside)
+        return other
 
     @cached_property
     def _pooled(self) -> dict[Place, int]:
@@ -177,7 +195,7 @@ class Outlook:
 
     @cached_property
     def step_parts(self) -> tuple[float, float]:
-        """Bytes that one decoding step reads: of weights whose bits the plan chooses, and of everything else."""
+        """Weights that one decoding step reads, in bytes: those whose bits the plan chooses, and all others."""
         batch, routed = self.request.batch, int(self.text.get("num_experts_per_tok") or 0)
         table = _input_embedding(self.model)
         chosen, other = 0.0, float(sum(n for name, n in self.choice.kept_nbytes.items() if name != table))
@@ -189,9 +207,9 @@ class Outlook:
                 other += stored_nbytes(target)
             else:
                 chosen += share * stored_nbytes(target)
-        return chosen, other + self.history_nbytes
+        return chosen, other
 
-    @cached_property
+    @property
     def history_nbytes(self) -> float:
         """What the attention of one decoding step reads and writes at the asked context."""
         return self.request.batch * Sizes(self.text).step_nbytes(self.choice.run, self.request.context)
@@ -203,7 +221,7 @@ class Outlook:
         chosen, other = self.step_parts
         scale = 1.0 if bits is None else bits / self.choice.bits
         bandwidth = read_preset("cards")["cards"][card]["gb_per_s"]
-        return tokens_per_second(scale * chosen + other, self.request.batch, bandwidth)
+        return tokens_per_second(scale * chosen + other + self.history_nbytes, self.request.batch, bandwidth)
 
     def kl(self, bits: float | None = None) -> float | None:
         """KL that measured sensitivities predict, at these bits in place of the plan's; None without them."""
@@ -238,7 +256,7 @@ def _input_embedding(model: Any) -> str | None:
 
 
 def alternatives(outlook: Outlook) -> list[dict[str, Any]]:
-    """The next cheaper and dearer choices: a bit less and more, the next smaller and larger card.
+    """The next cheaper and dearer choices: a bit less and more, another cache, the next smaller and larger card.
 
     Each with memory of one device, bits, what the quality would be, the longest context and the bound on speed. A
     bit less or more is of the asked memory, if there is one; a card is filled at the asked context.
@@ -251,6 +269,7 @@ def alternatives(outlook: Outlook) -> list[dict[str, Any]]:
             row = _row(outlook, name, outlook.needed(other), bits + step, other, request.card)
             memory = row["memory"] if request.memory is None else request.memory
             rows.append(row | {"longest_context": outlook.longest_context(memory, other)})
+    rows += _cache_rows(outlook)
     sizes = sorted((card_nbytes(card), card) for card in read_preset("cards")["cards"])
     here = request.memory if request.memory is not None else outlook.needed()
     smaller = [entry for entry in sizes if entry[0] < 0.95 * here]
@@ -263,6 +282,20 @@ def alternatives(outlook: Outlook) -> list[dict[str, Any]]:
         else:
             row = _row(outlook, name, nbytes, fitting, fitting, card)
             rows.append(row | {"longest_context": request.context})
+    return rows
+
+
+def _cache_rows(outlook: Outlook) -> list[dict[str, Any]]:
+    """The plan's weights with the cache in full, at 8 and at 4 bits, where it is not so already."""
+    rows = []
+    for bits, name in ((None, "cache in full"), (8, "cache at 8 bits"), (4, "cache at 4 bits")):
+        request = outlook.request
+        if bits == request.cache_bits or (bits and not can_compress_cache(outlook.model.config)):
+            continue
+        other = outlook.with_cache(bits)
+        row = _row(other, name, other.needed(), outlook.choice.bits, None, request.card)
+        memory = outlook.needed() if request.memory is None else request.memory
+        rows.append(row | {"longest_context": other.longest_context(memory)})
     return rows
 
 
@@ -284,7 +317,7 @@ def setups_that_fit(model: Any, request: Request) -> list[str]:
     """Cards, as few as possible of each, that the smallest plan fits on, cheapest memory first; at most three."""
     found: list[tuple[int, str]] = []
     weights = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
-    config = CiuicConfig(bits=request.bits)
+    config = CiuicConfig(bits=request.bits, cache_bits=request.cache_bits)
     choice = uniform_choice(model, config, model.dtype, request.context, request.batch, request.device)
     assert choice.beside is not None
     for card in read_preset("cards")["cards"]:
@@ -302,17 +335,19 @@ def setups_that_fit(model: Any, request: Request) -> list[str]:
 
 
 def smaller_requests(model: Any, request: Request, error: TooSmallError) -> dict[str, int]:
-    """What fits into the memory of a request that was refused: a context, or a batch."""
+    """What fits into the memory of a request that was refused: a context, a batch, or a cache of so many bits."""
     ways = {}
     if error.context:
         ways["context"] = error.context
     if request.batch > 1 and request.count == 1 and request.memory is not None:
         text = model.config.get_text_config().to_dict()
-        run = choosing.run_of(model, model.dtype, request.device)
+        run = choosing.run_of(model, model.dtype, request.device, request.cache_bits)
         room = request.memory - error.weights
         batch = largest(lambda n: footprint(text, request.context, n, run).total <= room, request.batch - 1)
         if batch:
             ways["batch"] = batch
+    if error.cache_bits:
+        ways["cache_bits"] = error.cache_bits
     return ways
 
 
@@ -330,13 +365,15 @@ def describe(outlook: Outlook) -> dict[str, Any]:
         "count": request.count,
         "context": request.context,
         "batch": request.batch,
+        "cache_bits": request.cache_bits,
+        "reference_cache_kl": reference_cache_kl(request.cache_bits),
         "bits": choice.bits,
         "predicted_kl": choice.error,
         "reference_quality": reference_quality(choice.bits),
         "nbytes": sum(budget.values()),
         "budget": budget,
         "roles": outlook.roles(),
-        "step_nbytes": int(chosen + other),
+        "step_nbytes": int(chosen + other + outlook.history_nbytes),
         "step_history_nbytes": int(outlook.history_nbytes),
         "tokens_per_second": outlook.speed(request.card),
         "max_position_embeddings": outlook.limit,
@@ -359,6 +396,6 @@ def describe(outlook: Outlook) -> dict[str, Any]:
 
 def save(outlook: Outlook, found: Mapping[str, Any], path: Path) -> None:
     """Write the plan, for ``CiuicConfig(plan=...)``."""
-    settings = {key: found[key] for key in ("memory", "context", "batch", "bits", "device_map")}
+    settings = {key: found[key] for key in ("memory", "context", "batch", "bits", "cache_bits", "device_map")}
     plan = outlook.choice.plan(settings)
     replace(plan, budget=found["budget"]).save(path)

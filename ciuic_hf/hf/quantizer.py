@@ -36,6 +36,7 @@ from ciuic_hf.modules.kernels import compile_kernels
 from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
 from ciuic_hf.planning.moments import InputMoments
+from ciuic_hf.planning.plan import ModelPlan
 from ciuic_kernels.dispatch import use_triton
 
 
@@ -82,6 +83,8 @@ class CiuicQuantizer(HfQuantizer):
             )
         headers = check_files(checkpoint_files or [])
         config = self.quantization_config
+        if config.plan is not None and config.cache_bits is None and not self.pre_quantized:
+            config.cache_bits = ModelPlan.load(config.plan).settings.get("cache_bits")
         if config.cache_bits is not None:
             CiuicCache(model.config, config.cache_bits)  # refuses a model that has nothing to cache
         with torch.device("cpu"):  # transformers calls this with meta as the default device

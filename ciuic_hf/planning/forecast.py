@@ -27,6 +27,11 @@ def reference_quality(bits: float) -> dict[str, Any] | None:
     return {"model": preset["model"], "kl": math.exp(logarithm), "top1": top1}
 
 
+def reference_cache_kl(cache_bits: int | None) -> float | None:
+    """KL that a cache of so many bits added by itself where ``configs/quality.json`` says; None without one."""
+    return None if cache_bits is None else float(read_preset("quality")["cache_kl"][str(cache_bits)])
+
+
 def active_share(experts: int, routed: int, batch: int) -> float:
     """The share of experts that one step of ``batch`` tokens reads on average, routed as if at random."""
     return 1 - (1 - min(1.0, routed / experts)) ** batch

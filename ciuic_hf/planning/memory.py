@@ -5,13 +5,15 @@ sequences of one length. The peak is the cache plus whatever is largest at one m
 
 * cache: for each layer and token ``kv_lora_rank + qk_rope_head_dim`` values with multi-head latent attention
   (arXiv 2405.04434, section 2.1), else ``2 * key-value heads * head size``; DeepSeek-V3.2 keeps an indexer key as
-  well. A sliding window is not taken into account.
+  well. A sliding window is not taken into account. With ``cache_bits`` what a CiuicCache allocates, see
+  :mod:`ciuic_hf.planning.cache_formats`.
 * activations, while the feed-forward part gates: the embedding, the residual twice and its normalised copy, and of
   the widest dense part three times its width. Routed experts have a row for each token and expert of it; their
-  weighted sum is formed in float32.
+  weighted sum is formed in float32, to which a CPU copies them first.
 * attention: by how much attention exceeds that. MLA expands its whole history: the product of ``kv_b_proj``, and keys
   joined with their rotary part. Which scores are formed depends on the path, see :data:`PATHS`. The indexer of
-  V3.2 forms ``[tokens, heads, context]`` scores in float32, and expands its keys for every query.
+  V3.2 forms ``[tokens, heads, context]`` scores in float32, and expands its keys for every query. MLA on a
+  compressed cache expands a tile at a time, or attends to latents, see :mod:`ciuic_hf.planning.tiles`.
 * workspace: by how much a product that decodes a band of its weight exceeds both.
 * logits: of the last token of each sequence, once in the model's dtype and once in float32.
 * slack: 2 % of all that for blocks that the allocator cannot use.
@@ -21,16 +23,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.planning.cache_formats import cache_formats, cache_nbytes, cache_nbytes_per_token
+from ciuic_hf.planning.tiles import LatentShape, TiledPass
 
 SLACK = 0.02
-PATHS = ("flash", "math", "eager")
+PATHS = ("flash", "math", "eager", "tiled")
 """How attention is computed: without scores in memory; by torch's fallback, which forms them twice in float32 and
 copies queries, keys and values to it; by transformers' eager code, which forms them in the model's dtype and in
-float32 and repeats keys and values for every head."""
+float32 and repeats keys and values for every head; tile by tile on a compressed cache of latents."""
 
 _BAND_WEIGHTS = {"cpu": 4 << 20, "cuda": 32 << 20}  # of ciuic_kernels.ops: weights decoded at a time
 _UNITS = {
@@ -81,14 +85,13 @@ class Run:
 
     Attributes:
         element_nbytes: of the dtype that the model computes in.
-        cached_nbytes: of one value in the cache on average, None for ``element_nbytes``; less when the cache is
-            compressed, everything it stores counted.
+        cache_bits: of a CiuicCache; None for transformers' own.
         device: ``"cuda"`` or ``"cpu"``.
-        path: of :data:`PATHS`; None for what sdpa chooses on the device.
+        path: of :data:`PATHS`; None for what sdpa chooses on the device, or what reads a CiuicCache.
     """
 
     element_nbytes: int = 2
-    cached_nbytes: float | None = None
+    cache_bits: int | None = None
     device: str = "cuda"
     path: str | None = None
 
@@ -96,6 +99,8 @@ class Run:
         """The path of attention: CPU kernels without scores need values as wide as keys."""
         if self.path is not None:
             return self.path
+        if sizes.latent and self.cache_bits is not None:
+            return "tiled"
         return "math" if self.device == "cpu" and sizes.key_width != sizes.value_width else "flash"
 
 
@@ -114,12 +119,15 @@ def footprint(config: Mapping[str, Any], context: int, batch: int = 1, run: Run 
             raise CiuicError(f"{name} must be a positive integer, got {value!r}.")
     sizes, run = Sizes(config), run or Run()
     tokens, element = context * batch, run.element_nbytes
-    cached = element if run.cached_nbytes is None else run.cached_nbytes
-    activations = tokens * sizes.feed_forward_nbytes(element)
-    attention = tokens * sizes.attention_nbytes(run, context)
+    cache = element * sizes.cached * sizes.layers * tokens
+    if run.cache_bits is not None:
+        cache = cache_nbytes(config, run.cache_bits, context, batch, element)
+        cache += element * sizes.index_width * sizes.layers * tokens
+    activations = tokens * sizes.feed_forward_nbytes(element, run.device)
+    attention = sizes.attention_nbytes(run, context, batch)
     product = tokens * sizes.product_nbytes(element) + sizes.band_nbytes(element, run.device, tokens)
     parts = {
-        "cache": int(cached * sizes.cached * sizes.layers * tokens),
+        "cache": cache,
         "activations": activations,
         "attention": max(0, attention - activations),
         "workspace": max(0, product - max(activations, attention)),
@@ -163,6 +171,7 @@ class Sizes:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
         try:
             self.layers, self.hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
             self.heads, self.vocabulary = int(config["num_attention_heads"]), int(config["vocab_size"])
@@ -189,21 +198,25 @@ class Sizes:
         )
         self.expert = int(config.get("moe_intermediate_size") or 0)
 
-    def feed_forward_nbytes(self, element: int) -> int:
+    def feed_forward_nbytes(self, element: int, device: str) -> int:
         """Of one token, while the widest feed-forward part gates or sums."""
+        copied = 4 if device == "cpu" and element < 4 else 0
         dense = 3 * self.dense * element
         gating = self.routed * 4 * self.expert * element
-        summing = self.routed * (2 * self.expert * element + self.hidden * (element + 4))
+        summing = self.routed * (2 * self.expert * element + self.hidden * (element + 4 + copied))
         return 4 * self.hidden * element + max(dense, gating, summing)
 
     def product_nbytes(self, element: int) -> int:
         """Of one token, while the second product of a dense part is formed."""
         return 4 * self.hidden * element + 2 * self.dense * element
 
-    def attention_nbytes(self, run: Run, context: int) -> int:
-        """Of one token, while attention is computed over ``context`` of them."""
-        element, path = run.element_nbytes, run.path_of(self)
+    def attention_nbytes(self, run: Run, context: int, batch: int) -> int:
+        """While attention of ``context`` tokens to themselves is computed in ``batch`` sequences."""
+        element, path, tokens = run.element_nbytes, run.path_of(self), context * batch
         queries, outputs = self.heads * self.key_width, self.heads * self.value_width
+        indexer = 4 * context * (self.index_width + self.index_heads)
+        if path == "tiled":
+            return tokens * indexer + self._tiled_nbytes(run, context, batch)
         if self.latent:
             alive = 2 * queries + self.heads * self.rotary + self.expanded + 2 * self.cached
             alive += 0 if path == "eager" else outputs
@@ -215,12 +228,35 @@ class Sizes:
         elif path == "eager":  # a CPU converts to float32 before softmax, a GPU while it reads
             converted = 4 if run.device == "cpu" else element
             nbytes += (element + 4 + converted) * self.heads * context + element * context
-        return nbytes + 4 * context * (self.index_width + self.index_heads)
+        return tokens * (nbytes + indexer)
+
+    def _tiled_nbytes(self, run: Run, context: int, batch: int) -> int:
+        """Few tokens take more when absorbed than many that are expanded, and may come in any turn."""
+        element = run.element_nbytes
+        shape = LatentShape(self.latent, self.key_width - self.rotary, self.rotary, self.value_width)
+        alive = 3 * self.hidden + 2 * self.heads * self.key_width + self.heads * self.rotary + 2 * self.cached
+        absorbed = shape.most_absorbed(context)
+        computed = 4 if run.device == "cpu" else element
+        assert run.cache_bits is not None
+        rotates = cache_formats(run.cache_bits, latent=True).keys.rotates
+        made = TiledPass(
+            shape, self.heads, batch, absorbed, element, computed, _BAND_WEIGHTS[run.device], rotates
+        )
+        nbytes = batch * absorbed * element * alive + made.absorbed_nbytes()
+        if absorbed < context:
+            weights = self.heads * (shape.nope + shape.value) * self.latent
+            expanding = replace(made, context=context).expanded_nbytes(weights)
+            nbytes = max(nbytes, batch * context * element * alive + expanding)
+        return nbytes
 
     def step_nbytes(self, run: Run, context: int) -> float:
         """What the attention of one decoded token reads and writes at least: cache, and history that MLA expands."""
-        cached = run.element_nbytes if run.cached_nbytes is None else run.cached_nbytes
-        return self.layers * context * (cached * self.cached + 2 * run.element_nbytes * self.expanded)
+        element = run.element_nbytes
+        expanded = 0 if run.path_of(self) == "tiled" else 2 * element * self.expanded
+        if run.cache_bits is None:
+            return self.layers * context * (element * self.cached + expanded)
+        packed = cache_nbytes_per_token(self.config, run.cache_bits)
+        return context * (packed + self.layers * (element * self.index_width + expanded))
 
     def band_nbytes(self, element: int, device: str, tokens: int) -> int:
         """The weights that a product decodes at a time, and its result for them."""

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ciuic_hf import CiuicConfig, CiuicError
 from ciuic_hf.cli.main import main
+from ciuic_hf.hf.placing import TooSmallError
+from ciuic_hf.planning.cache_formats import cache_nbytes
 from ciuic_hf.planning.memory import Run, footprint
 from ciuic_hf.planning.plan import ModelPlan
 from ciuic_kernels import BlockGrid
@@ -55,6 +57,47 @@ def test_a_budget_too_small_says_what_would_do_and_that_does(checkpoint: Callabl
     load_with(path, memory="30MiB", context=context)
     with pytest.raises(CiuicError, match="The smallest plan needs"):
         load_with(path, memory="30MiB", context=context + 1)
+
+
+def test_a_cache_that_would_do_is_offered_and_does(checkpoint: Callable[[str], Path]) -> None:
+    """The most bits at which the whole fits."""
+    path = checkpoint("llama_wide")
+    options = {"memory": 1000, "context": 20_000}
+    needed = {}
+    for bits in (None, 8, 4):
+        with pytest.raises(TooSmallError) as caught:
+            load_with(path, cache_bits=bits, **options)
+        needed[bits] = caught.value.needed
+        assert caught.value.cache_bits == 0
+    assert needed[4] < needed[8] < needed[None]
+    for bits in (8, 4):
+        with pytest.raises(CiuicError, match=rf"or context=\d+ or cache_bits={bits}, or bits with"):
+            load_with(path, memory=needed[bits], context=20_000)
+        model = load_with(path, memory=needed[bits], context=20_000, cache_bits=bits)
+        assert model.config.quantization_config.cache_bits == bits
+
+
+def test_a_plan_with_cache_bits(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The saved plan brings them along; the other caches are among the alternatives."""
+    path, file = checkpoint("llama_wide"), tmp_path / "plan.json"
+    text = AutoConfig.from_pretrained(path).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(text | {"max_position_embeddings": 100_000}))
+    options = ["plan", str(tmp_path / "config.json"), "--memory", "60MiB", "--device", "cpu"]
+    options += ["--context", "2048", "--batch", "2"]
+    assert main([*options, "--cache-bits", "8", "--save", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    element = torch.empty(0, dtype=AutoConfig.from_pretrained(path).dtype).element_size()
+    assert found["cache_bits"] == 8
+    assert found["budget"]["cache"] == cache_nbytes(text, 8, 2048, 2, element)
+    rows = {row["choice"]: row for row in found["alternatives"]}
+    contexts = [rows[name]["longest_context"] for name in ("cache in full", "this plan", "cache at 4 bits")]
+    assert contexts == sorted(contexts) and contexts[0] < contexts[2] and "cache at 8 bits" not in rows
+    assert load_with(path, plan=file).config.quantization_config.cache_bits == 8
+    assert load_with(path, plan=file, cache_bits=4).config.quantization_config.cache_bits == 4
+    assert main([*options, "--cache-bits", "4"]) == 0
+    assert "cache at 4 bits; beside" in " ".join(capsys.readouterr().out.split())
 
 
 def load_with(path: Path, **options: Any) -> Any:

@@ -45,8 +45,9 @@ from ciuic_hf.memory import PeakMemory, release_freed_memory
 from ciuic_hf.planning.memory import footprint
 
 path, context, batch, attention = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+bits = int(sys.argv[5]) or None
 torch.set_num_threads(1)
-config = CiuicConfig(bits=4.25, policy="uniform")
+config = CiuicConfig(bits=4.25, policy="uniform", cache_bits=bits)
 model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, attn_implementation=attention)
 ids = torch.arange(batch * (context - 2)).view(batch, -1) % 1000 + 5
 options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
@@ -56,7 +57,7 @@ with torch.no_grad():
     release_freed_memory()
     with PeakMemory(0.001) as peak:
         model.generate(ids, **options)
-found = footprint(model.config.to_dict(), context, batch, run_of(model, model.dtype, "cpu"))
+found = footprint(model.config.to_dict(), context, batch, run_of(model, model.dtype, "cpu", bits))
 print(json.dumps([peak.nbytes, found.total, model.ciuic_report.nbytes]))
 """
 
@@ -72,20 +73,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures by /proc")
 @pytest.mark.parametrize(
-    ("name", "context", "batch", "attention"),
+    ("name", "context", "batch", "attention", "bits"),
     [
-        ("llama", 2048, 1, "sdpa"),
-        ("llama", 1024, 2, "eager"),
-        ("v3", 1024, 1, "sdpa"),
-        ("v3", 1024, 2, "eager"),
+        ("llama", 2048, 1, "sdpa", 0),
+        ("llama", 1024, 2, "eager", 0),
+        ("v3", 1024, 1, "sdpa", 0),
+        ("v3", 1024, 2, "eager", 0),
+        ("llama", 2048, 1, "sdpa", 4),
+        ("v3", 1024, 1, "sdpa", 4),
+        ("v3", 1024, 2, "sdpa", 2),
     ],
 )
 def test_the_peak_is_the_predicted_one(
-    name: str, context: int, batch: int, attention: str, models: dict[str, Path]
+    name: str, context: int, batch: int, attention: str, bits: int, models: dict[str, Path]
 ) -> None:
     """Within 3 %, weights counted, with an allocator that gives large blocks back: those of these sizes glibc keeps."""
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(models[name]), str(context), str(batch), attention],
+        [sys.executable, "-c", _SCRIPT, str(models[name]), str(context), str(batch), attention, str(bits)],
         env=os.environ
         | {
             "MALLOC_MMAP_THRESHOLD_": "65536",

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.planning.memory import Run, footprint, largest_fitting, parse_size
+from ciuic_hf.planning.cache_formats import CACHE_BITS, cache_nbytes, cache_nbytes_per_token
+from ciuic_hf.planning.memory import Run, Sizes, footprint, largest_fitting, parse_size
+from ciuic_hf.planning.tiles import LatentShape
 
 V3: dict[str, Any] = {
     "hidden_size": 7168,
@@ -63,10 +65,54 @@ def test_the_cache_of_known_models() -> None:
     assert footprint(LLAMA, 1000, batch=3).cache == 2048 * 2 * 3000 * 32
 
 
-def test_a_compressed_cache_takes_its_bytes() -> None:
-    plain, packed = footprint(V3, 1000), footprint(V3, 1000, run=Run(cached_nbytes=0.5625))
-    assert packed.cache == int(0.5625 * 576 * 61 * 1000)
-    assert vars(packed) | {"cache": 0, "slack": 0} == vars(plain) | {"cache": 0, "slack": 0}
+@given(st.sampled_from([V3, LLAMA]), st.sampled_from(CACHE_BITS), st.integers(1, 50_000), st.integers(1, 4))
+def test_a_compressed_cache_takes_its_bytes(
+    config: dict[str, Any], bits: int, context: int, batch: int
+) -> None:
+    found = footprint(config, context, batch, Run(cache_bits=bits))
+    assert found.cache == cache_nbytes(config, bits, context, batch)
+    plain = footprint(config, context, batch)
+    assert (found.activations, found.logits) == (plain.activations, plain.logits)
+    assert config is V3 or found.attention + found.workspace == plain.attention + plain.workspace
+
+
+def test_indexer_keys_stay_as_they_are() -> None:
+    there, without = (footprint(config, 4096, 2, Run(cache_bits=4)).cache for config in (V32, V3))
+    assert there - without == 128 * 2 * 61 * 2 * 4096
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_latents_are_not_expanded_as_a_whole(device: str) -> None:
+    """Sums of queries in float32 take as much on a GPU; a CPU forms no scores of the whole. Steps expand nothing."""
+    plain, tiled = Run(device=device), Run(device=device, cache_bits=4)
+    sizes = Sizes(V3)
+    once, twice = (sizes.attention_nbytes(tiled, n, 1) for n in (100_000, 200_000))
+    assert twice < 2.01 * once
+    assert once <= sizes.attention_nbytes(plain, 100_000, 1) / (1 if device == "cuda" else 100)
+    read = [sizes.step_nbytes(run, 100_000) for run in (plain, tiled)]
+    assert read[1] == pytest.approx(cache_nbytes_per_token(V3, 4) * 100_000) and read[1] < read[0] / 100
+
+
+@given(
+    st.integers(1, 30_000), st.integers(1, 300), st.sampled_from(CACHE_BITS), st.sampled_from(["cpu", "cuda"])
+)
+def test_more_tokens_take_more_on_a_compressed_cache(
+    context: int, batch: int, bits: int, device: str
+) -> None:
+    """Also where absorbing ends; packing a group makes the cache smaller by what it took in full precision."""
+    run = Run(cache_bits=bits, device=device)
+    here = footprint(V3, context, batch, run)
+    group = 8 * cache_nbytes(V3, bits, 1, batch)  # of 8 tokens, which are packed together, in full precision
+    tile = footprint(V3, 1, batch, run).attention + (8 << 20)  # of whole groups, so that it is not quite even
+    assert here.total <= footprint(V3, context + 1, batch, run).total + 1.02 * (group + tile)
+    assert here.total <= footprint(V3, context, batch + 1, run).total + 1.02 * (group + tile)
+
+
+@given(st.integers(1, 600), st.integers(1, 100), st.integers(1, 100), st.integers(0, 64), st.integers(1, 100))
+def test_the_most_that_is_absorbed(rank: int, nope: int, value: int, rope: int, queries: int) -> None:
+    shape = LatentShape(rank, nope, rope, value)
+    most = shape.most_absorbed(queries)
+    assert most == max((n for n in range(1, queries + 1) if shape.absorbs(n)), default=0)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ciuic_hf.planning.cache_formats import CACHE_BITS, cache_formats
+from ciuic_hf.planning.tiles import LatentShape
 from ciuic_hf.runtime.cache import attention, latent
 from ciuic_hf.runtime.cache.attention import Mask, attend
-from ciuic_hf.runtime.cache.latent import LatentShape, attend_latent
+from ciuic_hf.runtime.cache.latent import attend_latent
 from ciuic_hf.runtime.cache.store import History, LayerStore
 
 SHAPE = LatentShape(rank=40, nope=16, rope=8, value=24)

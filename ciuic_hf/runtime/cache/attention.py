@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ciuic_hf.planning.tiles import TILE
 from ciuic_hf.runtime.cache.codes import rotate
 from ciuic_hf.runtime.cache.store import History, Tile
-
-TILE = 1 << 21
 
 Prepare = Callable[[Tile], tuple[tuple[Tensor, ...], Tensor]]
 """A tile -> keys ``[B, H or 1, t, D_i]``, one for each kind of query, and values ``[B, H, t, E]``."""

@@ -8,30 +8,15 @@ for each query and token, an expanded one ``nope + rope + v``, and expanding ``r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ciuic_hf.runtime.cache.attention import TILE, Mask, accumulate, compute_dtype
+from ciuic_hf.planning.tiles import TILE, LatentShape
+from ciuic_hf.runtime.cache.attention import Mask, accumulate, compute_dtype
 from ciuic_hf.runtime.cache.codes import rotate
 from ciuic_hf.runtime.cache.store import History, Tile
-
-
-@dataclass(frozen=True)
-class LatentShape:
-    """Sizes of one head."""
-
-    rank: int
-    nope: int
-    rope: int
-    value: int
-
-    def absorbs(self, queries: int) -> bool:
-        """Whether absorbing takes fewer products than expanding."""
-        saved = (2 * self.rank + self.rope) - (self.nope + self.rope + self.value)
-        return saved * queries <= self.rank * (self.nope + self.value)
 
 
 class UpProjection(Protocol):
