@@ -48,6 +48,9 @@ def add_command(commands: Any) -> None:
     command.add_argument("--sensitivity", type=Path, help="file of `ciuic calibrate`")
     command.add_argument("--calibration", type=Path, help="file of `ciuic calibrate --rounding`")
     command.add_argument(
+        "--cache-bits", type=int, help="8, 4, 3 or 2: generate will keep its cache compressed"
+    )
+    command.add_argument(
         "--modules",
         action="append",
         default=[],
@@ -114,6 +117,7 @@ def _config(arguments: argparse.Namespace) -> Any:
         "sensitivity": arguments.sensitivity,
         "calibration": arguments.calibration,
         "plan": arguments.plan,
+        "cache_bits": arguments.cache_bits,
     }
     if arguments.bits is not None:
         options["bits"] = arguments.bits

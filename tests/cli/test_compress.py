@@ -42,6 +42,8 @@ def test_options_reach_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
         "lm_head=raw",
         "--max-shard-size",
         "1MB",
+        "--cache-bits",
+        "4",
     ]
     assert main(["compress", str(fp8_path()), str(out), *options]) == 0
     printed = capsys.readouterr()
@@ -49,6 +51,7 @@ def test_options_reach_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Writing 2.6 MiB into 3 files." in printed.err
     saved = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (saved["bits"], saved["modules"]) == (3.0, {"attention": 6.0, "lm_head": "raw"})
+    assert saved["cache_bits"] == 4
     assert inspect_checkpoint(out).bits_per_weight(["attention"]) == pytest.approx(6, abs=0.02)
 
 
