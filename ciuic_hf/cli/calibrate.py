@@ -42,8 +42,8 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
+    from ciuic_hf.hf.layer_by_layer import StreamedModel
     from ciuic_hf.hf.probe import SEQUENCE, Moments, measure
-    from ciuic_hf.hf.streamed import StreamedModel
 
     tokens = arguments.tokens or (TOKENS_FOR_ROUNDING if arguments.rounding else TOKENS)
     if tokens < SEQUENCE:

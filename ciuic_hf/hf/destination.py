@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ciuic_hf.hf import fp8
-from ciuic_hf.hf.encoder import Encoder
-from ciuic_hf.hf.rounding import Rounding
+from ciuic_hf.hf.encoder import Encoder, Recipe
 
 
 class Stack:
@@ -38,16 +36,9 @@ class Stack:
 class Destination:
     """The model itself: every parameter is made whole in memory and installed by transformers."""
 
-    def encoder(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        codec_ids: Tensor,
-        block: fp8.Block | None,
-        rounding: Rounding | None = None,
-    ) -> Encoder:
-        """What encodes the parameter ``name``; arguments as of :class:`Encoder`."""
-        return Encoder(name, shape, codec_ids, block, rounding)
+    def encoder(self, recipe: Recipe) -> Encoder:
+        """What encodes a parameter."""
+        return Encoder(recipe)
 
     def stack(self, name: str, placeholder: Tensor) -> Stack:
         """What takes the experts of a parameter that is kept."""

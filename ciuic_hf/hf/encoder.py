@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ Part = tuple[Tensor, Tensor | None]
 _TRIM_WEIGHTS = 1 << 20  # temporaries of smaller parameters are not worth the call
 
 
-class Encoder:
-    """Encodes the matrices of one parameter as they arrive.
+@dataclass(frozen=True)
+class Recipe:
+    """How one parameter is compressed.
 
-    Args:
+    Attributes:
         name: full parameter name, for messages.
         shape: logical shape ``(N, K)`` or ``(E, N, K)``.
         codec_ids: uint8 ``[strips, kblocks]``, the same for every matrix, or ``[E, strips, kblocks]``.
@@ -32,16 +34,20 @@ class Encoder:
         rounding: how codes are chosen; None rounds to the nearest.
     """
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        codec_ids: Tensor,
-        block: fp8.Block | None,
-        rounding: Rounding | None = None,
-    ) -> None:
-        self.name, self.grid, self.block, self.rounding = name, BlockGrid(tuple(shape)), block, rounding
-        self.codec_ids = codec_ids.expand(self.grid.tags_shape[:-1])
+    name: str
+    shape: tuple[int, ...]
+    codec_ids: Tensor
+    block: fp8.Block | None
+    rounding: Rounding | None = None
+
+
+class Encoder:
+    """Encodes the matrices of one parameter as they arrive."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.name, self.grid = recipe.name, BlockGrid(tuple(recipe.shape))
+        self.block, self.rounding = recipe.block, recipe.rounding
+        self.codec_ids = recipe.codec_ids.expand(self.grid.tags_shape[:-1])
         self._packed: PackedTensor | None = None
         self._offsets = torch.empty(0)
 

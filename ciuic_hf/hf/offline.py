@@ -21,9 +21,9 @@ from ciuic_hf.hf import saving
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.destination import Destination, loading_to
 from ciuic_hf.hf.merge import merge_for_ciuic
+from ciuic_hf.hf.offline_destinations import Rehearsal, Streaming
+from ciuic_hf.hf.origin import Origin, copy_companions, find_origin
 from ciuic_hf.hf.recording import Recording, record_save
-from ciuic_hf.hf.sources import Source, copy_companions, find_source
-from ciuic_hf.hf.streaming import Rehearsal, Streaming
 from ciuic_hf.hf.unfinished import Unfinished, describe_work, unfinished_path
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
@@ -79,7 +79,7 @@ def compress_checkpoint(
     """
     started, target = time.perf_counter(), Path(destination).resolve()
     _check_shard_size(max_shard_size)
-    origin = find_source(source)
+    origin = find_origin(source)
     _check_source(origin)
     _check_target(target, origin)
     saving.install()
@@ -117,7 +117,7 @@ def _check_shard_size(size: int | str) -> None:
         )
 
 
-def _check_source(origin: Source) -> None:
+def _check_source(origin: Origin) -> None:
     """Raise CiuicError for a checkpoint that is incomplete or compressed already."""
     quantized = read_config(origin.directory).get("quantization_config")
     if quantized is not None and merge_for_ciuic(quantized, CiuicConfig()) is None:
@@ -125,7 +125,7 @@ def _check_source(origin: Source) -> None:
     check_files(checkpoint_files(origin.directory))
 
 
-def _check_target(target: Path, origin: Source) -> None:
+def _check_target(target: Path, origin: Origin) -> None:
     """Raise CiuicError for a destination that cannot be made."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CiuicError(f"{target} exists already; delete it or choose another destination.")
@@ -133,7 +133,7 @@ def _check_target(target: Path, origin: Source) -> None:
         raise CiuicError(f"{target} is inside the source {origin.directory}; choose another destination.")
 
 
-def _load(origin: Source, config: CiuicConfig, destination: Destination) -> Any:
+def _load(origin: Origin, config: CiuicConfig, destination: Destination) -> Any:
     """Let transformers load to a destination."""
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +141,7 @@ def _load(origin: Source, config: CiuicConfig, destination: Destination) -> Any:
         return AutoModelForCausalLM.from_pretrained(origin.directory, quantization_config=config)
 
 
-def _prepare(model: Any, origin: Source, work: Unfinished, max_shard_size: int | str) -> Recording:
+def _prepare(model: Any, origin: Origin, work: Unfinished, max_shard_size: int | str) -> Recording:
     """Write everything but the weights, and learn where each of those belongs."""
     model.config.name_or_path = origin.name
     work.model.mkdir(exist_ok=True)
@@ -166,7 +166,7 @@ def _begin_or_resume(work: Unfinished, plan: dict[str, Any], files: ShardFiles) 
 
 
 def _stream(
-    origin: Source,
+    origin: Origin,
     config: CiuicConfig,
     work: Unfinished,
     files: ShardFiles,

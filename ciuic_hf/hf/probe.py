@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, pad
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.hf.layered import decoder_layers, in_memory, layer_by_layer
+from ciuic_hf.hf.decoder_layers import decoder_layers, in_memory, layer_by_layer
 from ciuic_hf.modules.experts import EXPERT_PARAMETERS, is_fused_experts, unsupported_reason
 from ciuic_hf.planning.moments import factor_of
 from ciuic_hf.planning.sensitivity import Sensitivity
@@ -132,7 +132,7 @@ class _Energy:
 
     @contextmanager
     def entered(self, name: str, layer: nn.Module) -> Iterator[None]:
-        """The visit of a layer that :mod:`ciuic_hf.hf.layered` asks for."""
+        """The visit of a layer that :mod:`ciuic_hf.hf.decoder_layers` asks for."""
         self._within = name
         with self.present(name, layer):
             yield
@@ -162,7 +162,7 @@ class _Energy:
 
 
 class _Visitor:
-    """What :mod:`ciuic_hf.hf.layered` does at each layer, with a count of the steps."""
+    """What :mod:`ciuic_hf.hf.decoder_layers` does at each layer, with a count of the steps."""
 
     def __init__(self, energy: _Energy, step: Callable[[], None]) -> None:
         self.energy, self.step = energy, step

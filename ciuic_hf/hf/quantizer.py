@@ -26,7 +26,7 @@ from ciuic_hf.hf.config import AUTO, METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
 from ciuic_hf.hf.destination import current_destination
 from ciuic_hf.hf.devices import device_type, explicit_map, free_nbytes
-from ciuic_hf.hf.encoder import Encoder
+from ciuic_hf.hf.encoder import Encoder, Recipe
 from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.hf.rounding import Rounding
 from ciuic_hf.hf.stored import check_sizes, fit_names
@@ -154,7 +154,8 @@ class CiuicQuantizer(HfQuantizer):
         shape = module.packed_shapes.get(parameter) if isinstance(module, PackedModule) else None
         if shape is None:
             return None
-        return self.destination.encoder(name, shape, self.codec_ids[name], self.fp8_block, self.rounding)
+        recipe = Recipe(name, shape, self.codec_ids[name], self.fp8_block, self.rounding)
+        return self.destination.encoder(recipe)
 
     def read_as_stored(self, model: Any, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
         """For reading a model without compressing it: in which dtype its tensors are read, None as they are."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from ciuic_hf.checkpoint import checkpoint_files
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.config import CiuicConfig
+from ciuic_hf.hf.origin import Origin
 from ciuic_hf.hf.saving import replace_directory
-from ciuic_hf.hf.sources import Source
 from ciuic_hf.journal import Journal
 from ciuic_kernels import FORMAT_VERSION
 
@@ -39,7 +39,7 @@ def unfinished_path(destination: str | Path) -> Path:
 
 
 def describe_work(
-    origin: Source, config: CiuicConfig, max_shard_size: int | str, codec_ids: Mapping[str, Tensor]
+    origin: Origin, config: CiuicConfig, max_shard_size: int | str, codec_ids: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on, as JSON."""
     read = [origin.directory / "config.json", *checkpoint_files(origin.directory)]

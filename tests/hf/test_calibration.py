@@ -17,10 +17,10 @@ from ciuic_hf import CiuicConfig, CiuicError
 from ciuic_hf.cli.main import main
 from ciuic_hf.demo import bf16_path
 from ciuic_hf.hf import probe
-from ciuic_hf.hf.layered import decoder_layers
+from ciuic_hf.hf.decoder_layers import decoder_layers
+from ciuic_hf.hf.layer_by_layer import StreamedModel
 from ciuic_hf.hf.offline import compress_checkpoint
 from ciuic_hf.hf.probe import Moments, measure
-from ciuic_hf.hf.streamed import StreamedModel
 from ciuic_hf.planning.moments import InputMoments, factor_of, moments_of
 from ciuic_hf.planning.sensitivity import Sensitivity
 from tests.hf.conftest import read_files

@@ -19,7 +19,7 @@ import pytest
 from ciuic_hf import CiuicConfig, CiuicError
 from ciuic_hf.demo.config import BENCHMARK_CONFIG
 from ciuic_hf.demo.synthetic import random_deepseek_v3
-from ciuic_hf.hf import streaming
+from ciuic_hf.hf import offline_destinations
 from ciuic_hf.hf.offline import Progress, compress_checkpoint, unfinished_path
 from ciuic_hf.journal import Journal
 from ciuic_hf.memory import anonymous_nbytes
@@ -106,11 +106,11 @@ def test_what_is_finished_is_not_done_again(
 KILLED = """
 import os, signal, sys
 from ciuic_hf import CiuicConfig
-from ciuic_hf.hf import streaming
+from ciuic_hf.hf import offline_destinations
 from ciuic_hf.hf.offline import compress_checkpoint
 from ciuic_hf.shards import ShardFiles
 
-streaming.SYNC_NBYTES = 0
+offline_destinations.SYNC_NBYTES = 0
 write, writes = ShardFiles.write, []
 def killing(self, name, offset, part):
     writes.append(name)
@@ -355,7 +355,7 @@ def test_pieces_do_not_change_a_byte(
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streaming, "PIECE_WEIGHTS", 1)  # a strip at a time
-    monkeypatch.setattr(streaming, "SYNC_NBYTES", 0)
+    monkeypatch.setattr(offline_destinations, "PIECE_WEIGHTS", 1)  # a strip at a time
+    monkeypatch.setattr(offline_destinations, "SYNC_NBYTES", 0)
     compress_checkpoint(checkpoint("v3_fp8"), tmp_path / "model", CONFIG, **OPTIONS)
     assert snapshot(tmp_path / "model") == snapshot(whole)

@@ -19,7 +19,6 @@ from ciuic_hf.bench.kernels.result import Result
 from ciuic_hf.bench.kernels.shapes import STANDARD, TOKENS, WeightShape, standard
 from ciuic_hf.bench.kernels.timing import CudaTimer, Timer, measure_ceilings
 
-BUDGET_SECONDS = 480.0
 GENERATION_SECONDS = 280.0
 REST_SECONDS = 30.0
 DTYPES = (torch.bfloat16, torch.float16)

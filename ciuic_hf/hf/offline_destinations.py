@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ciuic_hf.hf import fp8
 from ciuic_hf.hf.destination import Destination, Stack
-from ciuic_hf.hf.encoder import Encoder
-from ciuic_hf.hf.rounding import Rounding
+from ciuic_hf.hf.encoder import Encoder, Recipe
 from ciuic_hf.journal import Journal
 from ciuic_hf.memory import release_freed_memory
 from ciuic_hf.modules.packed import TAGS
@@ -44,16 +43,9 @@ class Rehearsal(Destination):
         self.duplicates: set[str] = set()
         self._tied: dict[str, Source] = {}
 
-    def encoder(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        codec_ids: Tensor,
-        block: fp8.Block | None,
-        rounding: Rounding | None = None,
-    ) -> Encoder:
-        self.codec_ids[name] = codec_ids
-        return RehearsedEncoder(name, shape, codec_ids, block)
+    def encoder(self, recipe: Recipe) -> Encoder:
+        self.codec_ids[recipe.name] = recipe.codec_ids
+        return RehearsedEncoder(replace(recipe, rounding=None))
 
     def stack(self, name: str, placeholder: Tensor) -> Stack:
         return RehearsedStack(placeholder)
@@ -141,15 +133,8 @@ class Streaming(Destination):
         self._unsynced_nbytes, self._synced = 0, time.monotonic()
         advanced(sum(files.slots[name].nbytes for name in journal.done))
 
-    def encoder(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        codec_ids: Tensor,
-        block: fp8.Block | None,
-        rounding: Rounding | None = None,
-    ) -> Encoder:
-        return StreamedEncoder(name, shape, codec_ids, block, rounding, self)
+    def encoder(self, recipe: Recipe) -> Encoder:
+        return StreamedEncoder(recipe, self)
 
     def stack(self, name: str, placeholder: Tensor) -> Stack:
         return StreamedStack(name, placeholder, self)
@@ -204,16 +189,8 @@ class Streaming(Destination):
 class StreamedEncoder(Encoder):
     """Encodes some strips at a time and writes their records where they belong in the arena."""
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        codec_ids: Tensor,
-        block: fp8.Block | None,
-        rounding: Rounding | None,
-        destination: Streaming,
-    ) -> None:
-        super().__init__(name, shape, codec_ids, block, rounding)
+    def __init__(self, recipe: Recipe, destination: Streaming) -> None:
+        super().__init__(recipe)
         self._destination = destination
         self._offsets = planned_offsets(self.codec_ids, self.grid)
         self._tags = torch.empty(self.grid.tags_shape, dtype=torch.uint8)

@@ -19,7 +19,7 @@ _NOT_DOWNLOADED = ("original/*", "consolidated*")
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """A checkpoint.
 
     Attributes:
@@ -30,14 +30,14 @@ class Source:
     name: str
 
 
-def find_source(source: str | Path) -> Source:
+def find_origin(source: str | Path) -> Origin:
     """The directory of a checkpoint, downloaded if it is none. Raises CiuicError."""
     path = Path(source)
     if path.is_dir():
-        return Source(path.resolve(), str(source))
+        return Origin(path.resolve(), str(source))
     if isinstance(source, Path) or not _HUB_NAME.fullmatch(source) or source.startswith("."):
         raise CiuicError(f"{source} is not there; give the directory of a model or its name on the hub.")
-    return Source(_download(source), source)
+    return Origin(_download(source), source)
 
 
 def _download(name: str) -> Path:

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from ciuic_hf.checkpoint import check_files, checkpoint_files
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.config import CiuicConfig
-from ciuic_hf.hf.layered import decoder_layers
+from ciuic_hf.hf.decoder_layers import decoder_layers
 from ciuic_hf.hf.merge import merge_for_ciuic
 from ciuic_hf.hf.quantizer import CiuicQuantizer
 
