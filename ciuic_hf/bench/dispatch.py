@@ -15,7 +15,7 @@ from ciuic_hf.bench.kernels.shapes import WeightShape
 from ciuic_hf.checkpoint import read_config
 from ciuic_hf.inspection import inspect_checkpoint
 from ciuic_kernels.device import DeviceFacts
-from ciuic_kernels.format import ceil_div
+from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, ceil_div
 from ciuic_kernels.selection import EXPERTS, Choice, Rule, choose
 from ciuic_kernels.work import ROUTED_SLOTS
 
@@ -51,7 +51,7 @@ def routes(
         pairs = tokens * shape.routed
         rows = ceil_div(pairs, shape.experts) if shape.experts else tokens
         choice = choose(shape.op, rows, shape.weights, dtype, facts, rules)
-        told = (_kernel(shape, choice, pairs), _launch(choice), choice.reason)
+        told = (_kernel(shape, choice, pairs), _launch(shape, choice), choice.reason)
         if found and (found[-1].kernel, found[-1].launch, found[-1].reason) == told:
             found[-1] = Route(found[-1].first, tokens, *told)
         else:
@@ -69,32 +69,40 @@ def _kernel(shape: WeightShape, choice: Choice, pairs: int) -> str:
     return "linear"
 
 
-def _launch(choice: Choice) -> str:
-    launch = choice.launch
-    if launch is None:
+def _launch(shape: WeightShape, choice: Choice) -> str:
+    if choice.launch is None:
         return ""
+    launch = choice.launch.of_kinds(2 if shape.mixed else 1)
     warps = "1 warp" if launch.num_warps == 1 else f"{launch.num_warps} warps"
     return f"{launch.block_m} tokens, {warps}, {launch.num_stages} stages, {launch.programs} programs"
 
 
 def checkpoint_shapes(directory: Path) -> list[WeightShape]:
-    """The different shapes of a compressed checkpoint, named after the first parameter that has each."""
+    """The different shapes of a compressed checkpoint, named after the first parameter that has each.
+
+    A shape stands twice when some of its parameters mix codecs and others do not: tiles differ.
+    """
     config = read_config(directory)
     routed = int(_value(config, "num_experts_per_tok") or 1)
-    found: dict[tuple[int, ...], WeightShape] = {}
+    found: dict[tuple[object, ...], WeightShape] = {}
     for parameter in inspect_checkpoint(directory).compressed:
         *experts, rows, cols = parameter.shape
         count = experts[0] if experts else 0
-        found.setdefault(
-            tuple(parameter.shape),
-            WeightShape(parameter.name, rows, cols, count, min(routed, count)),
-        )
+        ragged = rows % BLOCK_ROWS or cols % BLOCK_COLS
+        mixed = len(parameter.codecs) > 1 or (ragged and rows > BLOCK_ROWS and cols > BLOCK_COLS)
+        shape = WeightShape(parameter.name, rows, cols, count, min(routed, count), bool(mixed))
+        found.setdefault((tuple(parameter.shape), shape.mixed), shape)
     return list(found.values())
 
 
 def _value(config: dict[str, Any], key: str) -> Any:
     """A key of config.json, or of the text part of a multimodal one."""
     return config.get(key, (config.get("text_config") or {}).get(key))
+
+
+def label(shape: WeightShape) -> str:
+    """A shape and whether its blocks are of several codecs."""
+    return f"{shape}, {'several codecs' if shape.mixed else 'one codec'}"
 
 
 def dispatch_table(
@@ -111,7 +119,7 @@ def dispatch_table(
         shown.add_column(heading, justify="right" if heading == "tokens" else "left", overflow="fold")
     for shape in shapes:
         for place, route in enumerate(routes(shape, facts, rules)):
-            name = str(shape) if place == 0 else ""
+            name = label(shape) if place == 0 else ""
             shown.add_row(name, route.tokens, route.kernel, route.launch, route.reason)
         shown.add_section()
     return shown

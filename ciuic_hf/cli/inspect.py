@@ -156,7 +156,7 @@ def _say_where(console: Console, png: Path | None) -> None:
 
 
 def _show_dispatch(arguments: argparse.Namespace) -> None:
-    from ciuic_hf.bench.dispatch import checkpoint_shapes, dispatch_table, routes
+    from ciuic_hf.bench.dispatch import checkpoint_shapes, dispatch_table, label, routes
     from ciuic_hf.bench.kernels.shapes import STANDARD
 
     facts = _facts(arguments.gpu, arguments.device)
@@ -168,7 +168,7 @@ def _show_dispatch(arguments: argparse.Namespace) -> None:
         raise CiuicError(str(error)) from None
     source = str(table) if table else "defaults, no table of this GPU"
     if arguments.json:
-        by_shape = {str(shape): [vars(route) for route in routes(shape, facts, rules)] for shape in shapes}
+        by_shape = {label(shape): [vars(route) for route in routes(shape, facts, rules)] for shape in shapes}
         print(json.dumps({"gpu": facts.name, "rules": source, "weights": by_shape}, indent=2))
     else:
         Console().print(dispatch_table(shapes, facts, rules, source))

@@ -135,6 +135,4 @@ def choose(
     if rule.launch is None:
         return Choice("dense", None, f"{size} matrix, many tokens: decode bands, then GEMM{limit}")
     launch = Launch(*rule.launch, programs=rule.programs * facts.processors)
-    return Choice(
-        "fused", launch, f"{size} matrix{limit}: tiles of 64 x {launch.block_m}, {launch.num_warps} warps"
-    )
+    return Choice("fused", launch, f"{size} matrix{limit}: decoded inside the product")

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ciuic_hf.bench.dispatch import MAX_TOKENS, routes
-from ciuic_hf.bench.kernels.shapes import STANDARD
+from ciuic_hf.bench.kernels.shapes import STANDARD, WeightShape
 from ciuic_hf.cli.main import main
 from ciuic_hf.packaged import configs_folder
 from ciuic_kernels import tuning
 from ciuic_kernels.gpus import GPUS
-from ciuic_kernels.selection import DEFAULT_RULES
+from ciuic_kernels.selection import DEFAULT_RULES, LINEAR, choose
 
 
 @pytest.mark.parametrize("command", [["kernels"], ["kernels", "--quick", "--report"], ["tune"]])
@@ -35,6 +35,19 @@ def test_every_number_of_tokens_has_one_kernel(gpu: str) -> None:
         assert (found[0].first, found[-1].last) == (1, MAX_TOKENS)
         assert all(b.first == a.last + 1 for a, b in itertools.pairwise(found))
         assert all(route.reason for route in found)
+
+
+def test_launches_are_those_that_the_kernel_is_started_with() -> None:
+    mixed, alone = (WeightShape("w", 4096, 4096, mixed=several) for several in (True, False))
+    for shape, kinds in ((mixed, 3), (alone, 1)):
+        for route in routes(shape, GPUS["H100"], DEFAULT_RULES):
+            launch = choose(LINEAR, route.first, shape.weights, torch.bfloat16, GPUS["H100"]).launch
+            if launch is not None:
+                launch = launch.of_kinds(kinds)
+                assert route.launch.startswith(f"{launch.block_m} tokens, {launch.num_warps} warp")
+    assert [r.launch for r in routes(mixed, GPUS["H100"], DEFAULT_RULES)] != [
+        r.launch for r in routes(alone, GPUS["H100"], DEFAULT_RULES)
+    ]
 
 
 def test_dispatch_of_a_named_gpu(

@@ -20,6 +20,7 @@ class WeightShape:
         rows, cols: N, K of one matrix.
         experts: number of matrices of fused experts, 0 for a plain weight.
         routed: experts that each token goes to.
+        mixed: whether its blocks are of several codecs, as those of a plan by importance mostly are.
     """
 
     name: str
@@ -27,6 +28,7 @@ class WeightShape:
     cols: int
     experts: int = 0
     routed: int = 0
+    mixed: bool = True
 
     @property
     def op(self) -> str:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import triton
 
 _only_compile: ContextVar[bool] = ContextVar("only_compile", default=False)
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Start a kernel; inside :func:`compiling`, compile what this start would need and start nothing."""
-    if _only_compile.get():
-        kernel.warmup(*arguments, grid=grid, **settings)
-    else:
-        kernel[grid](*arguments, **settings)
+    """Start a kernel on the device of its first argument, a tensor.
+
+    Inside :func:`compiling`, compile what this start would need and start nothing.
+    """
+    with _current(arguments[0].device):
+        if _only_compile.get():
+            kernel.warmup(*arguments, grid=grid, **settings)
+        else:
+            kernel[grid](*arguments, **settings)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton starts on the current device, which need not be that of a model on several."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @contextmanager
