@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TILE = 1 << 21
-"""Elements of a decoded tile, and of the scores of one, about."""
+"""Elements of an expanded tile, and of the scores of one, about; a tile that is only decoded has half as many."""
 BAND_WEIGHTS = 1 << 19
 """Weights of ``kv_b_proj`` that are decoded at a time when it is absorbed."""
 _GROUP = 8  # tokens of latents that are packed together
@@ -92,7 +92,7 @@ class TiledPass:
         shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.context
         latents = tokens * self.heads * shape.rank
         queries = compute * tokens * self.heads * (shape.nope + shape.rope)
-        tile = self._tile(shape.rank + shape.rope)
+        tile = self._tile(2 * (shape.rank + shape.rope))
         decoded = compute * self.batch * tile * (shape.rank + shape.rope)
         turning = (compute + 4 * 4) * latents if self.rotates else 0
         working = (compute + 4) * latents + decoded + self._scores_nbytes(tile)[0]
