@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ciuic_hf.planning.cache_formats import CHUNK, TAIL, CacheFormats, ChannelFormat, Format
+from ciuic_hf.planning.tiles import tile_tokens
 from ciuic_hf.runtime.cache.codes import rotate
 from ciuic_hf.runtime.cache.encoding import Record, decode_into, empty_record, encode, narrow_record
 
@@ -157,8 +158,7 @@ class History:
 
     def tiles(self, dtype: torch.dtype, tokens: int) -> Iterator[Tile]:
         """All tokens in order, at most about ``tokens`` at a time; a tile is overwritten by the next one."""
-        group = self.formats.group
-        step = tokens // group * group or max(8, tokens // 8 * 8)
+        step = tile_tokens(tokens, self.formats.group)
         rooms = [
             _room(fresh, min(step, self.length), fmt, dtype)
             for fresh, fmt in zip(self.fresh, self._formats, strict=True)
