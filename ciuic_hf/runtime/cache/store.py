@@ -189,8 +189,8 @@ class History:
             first, last = max(start, position), min(stop, position + count)
             if first < last:
                 for x, fmt, room in zip(dense, self._formats, out, strict=True):
-                    part = x[:, :, first - position : last - position].to(room.dtype)
-                    room[:, :, first - start : last - start] = rotate(part) if fmt.rotates else part
+                    recent = x[:, :, first - position : last - position].to(room.dtype)
+                    room[:, :, first - start : last - start] = rotate(recent) if fmt.rotates else recent
             position += count
 
     def _decode(self, segment: Segment, first: int, last: int, out: tuple[Tensor, ...]) -> None:
