@@ -89,10 +89,10 @@ _HEADS = {
     2: CacheFormats(ChannelFormat(3, 128), TokenFormat(2, 128)),
 }
 _LATENTS = {
-    8: CacheFormats(TokenFormat(8, 64), TokenFormat(8, 64)),
-    4: CacheFormats(TokenFormat(4, 128), TokenFormat(8, 64)),
-    3: CacheFormats(TokenFormat(3, 128), TokenFormat(8, 64)),
-    2: CacheFormats(TokenFormat(2, 128), TokenFormat(8, 64)),
+    8: CacheFormats(TokenFormat(8, 64), ChannelFormat(8, 64)),
+    4: CacheFormats(TokenFormat(4, 128), ChannelFormat(8, 64)),
+    3: CacheFormats(TokenFormat(3, 128), ChannelFormat(8, 128)),
+    2: CacheFormats(TokenFormat(2, 32), ChannelFormat(4, 16)),
 }
 
 

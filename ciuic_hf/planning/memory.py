@@ -238,9 +238,9 @@ class Sizes:
         absorbed = shape.most_absorbed(context)
         computed = 4 if run.device == "cpu" else element
         assert run.cache_bits is not None
-        rotates = cache_formats(run.cache_bits, latent=True).keys.rotates
+        formats, band = cache_formats(run.cache_bits, latent=True), _BAND_WEIGHTS[run.device]
         made = TiledPass(
-            shape, self.heads, batch, absorbed, element, computed, _BAND_WEIGHTS[run.device], rotates
+            shape, self.heads, batch, absorbed, element, computed, band, formats.keys.rotates, formats.group
         )
         nbytes = batch * absorbed * element * alive + made.absorbed_nbytes()
         if absorbed < context:

@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TILE = 1 << 21
-"""Elements of a decoded tile, and of the scores of one, about."""
+"""Elements of an expanded tile, and of the scores of one, about; a tile that is only decoded has half as many."""
 BAND_WEIGHTS = 1 << 19
 """Weights of ``kv_b_proj`` that are decoded at a time when it is absorbed."""
-_GROUP = 8  # tokens of latents that are packed together
+
+
+def tile_tokens(tokens: int, group: int) -> int:
+    """Whole groups of a tile of about ``tokens``, or whole eights where one group is more."""
+    return tokens // group * group or max(8, tokens // 8 * 8)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class TiledPass:
         compute_nbytes: of the dtype of the products.
         band_weights: of ``kv_b_proj`` that a product decodes at a time.
         rotates: whether latents are stored rotated.
+        group: tokens that are packed together.
     """
 
     shape: LatentShape
@@ -54,10 +59,11 @@ class TiledPass:
     compute_nbytes: int
     band_weights: int
     rotates: bool
+    group: int
 
     def _tile(self, width: int) -> int:
         """Tokens of a tile whose tokens have ``width`` elements in a sequence."""
-        return min(self.context, max(_GROUP, TILE // (self.batch * width) // _GROUP * _GROUP))
+        return min(self.context, tile_tokens(TILE // (self.batch * width), self.group))
 
     def _scores_nbytes(self, tokens: int) -> tuple[int, int]:
         """Of a tile of ``tokens``: while scores are formed, and what stays until the next are.
@@ -79,7 +85,7 @@ class TiledPass:
         states = self.batch * tile * width
         scoring, kept = self._scores_nbytes(tile)
         converted = compute if compute != self.element_nbytes else 0
-        expanding = kept + states * (compute + self.element_nbytes + converted)
+        expanding = kept + states * (self.element_nbytes + converted)
         expanding += self.element_nbytes * min(self.band_weights, weights)
         return queries + max(
             queries if converted else 0,
@@ -92,7 +98,7 @@ class TiledPass:
         shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.context
         latents = tokens * self.heads * shape.rank
         queries = compute * tokens * self.heads * (shape.nope + shape.rope)
-        tile = self._tile(shape.rank + shape.rope)
+        tile = self._tile(2 * (shape.rank + shape.rope))
         decoded = compute * self.batch * tile * (shape.rank + shape.rope)
         turning = (compute + 4 * 4) * latents if self.rotates else 0
         working = (compute + 4) * latents + decoded + self._scores_nbytes(tile)[0]

@@ -13,7 +13,7 @@ TOKENS = 32768
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_decode_step_at_32k_takes_weights_and_compressed_cache(bits: int) -> None:
     """DeepSeek-V3's own sizes of a head and of the latent, in 4 small layers with 16 heads."""
     config = DeepseekV3Config(

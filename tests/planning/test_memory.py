@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.planning.cache_formats import CACHE_BITS, cache_nbytes, cache_nbytes_per_token
+from ciuic_hf.planning.cache_formats import CACHE_BITS, cache_formats, cache_nbytes, cache_nbytes_per_token
 from ciuic_hf.planning.memory import Run, Sizes, footprint, largest_fitting, parse_size
 from ciuic_hf.planning.tiles import LatentShape
 
@@ -102,7 +102,8 @@ def test_more_tokens_take_more_on_a_compressed_cache(
     """Also where absorbing ends; packing a group makes the cache smaller by what it took in full precision."""
     run = Run(cache_bits=bits, device=device)
     here = footprint(V3, context, batch, run)
-    group = 8 * cache_nbytes(V3, bits, 1, batch)  # of 8 tokens, which are packed together, in full precision
+    # Of the tokens that are packed together, in full precision.
+    group = cache_formats(bits, latent=True).group * cache_nbytes(V3, bits, 1, batch)
     tile = footprint(V3, 1, batch, run).attention + (8 << 20)  # of whole groups, so that it is not quite even
     assert here.total <= footprint(V3, context + 1, batch, run).total + 1.02 * (group + tile)
     assert here.total <= footprint(V3, context, batch + 1, run).total + 1.02 * (group + tile)

@@ -21,12 +21,14 @@ from ciuic_hf.planning.cache_formats import (
     cache_formats,
 )
 from ciuic_hf.runtime.cache.codes import rotate
-from ciuic_hf.runtime.cache.encoding import decode, empty_record, encode, narrow_record
+from ciuic_hf.runtime.cache.encoding import decode, decode_into, empty_record, encode, narrow_record
 from ciuic_hf.runtime.cache.store import History, LayerStore
+from ciuic_kernels.cpu import cache as compiled
 
 KINDS = [(bits, latent) for bits in CACHE_BITS for latent in (False, True)]
 FORMATS: list[Format] = [ChannelFormat(b, g) for b in CACHE_BITS for g in (64, 128)]
 FORMATS += [TokenFormat(b, g) for b in CACHE_BITS for g in (32, 64, 128)]
+SEEDS = st.integers(0, 1000)
 # Relative squared error on a normal distribution, about: Lloyd-Max below 8 bits, else a uniform grid.
 BOUNDS = {8: 1e-4, 4: 0.015, 3: 0.06, 2: 0.30}
 
@@ -104,6 +106,61 @@ def test_a_record_takes_what_its_format_says_and_is_as_close_as_its_bits_allow(f
         decoded = rotate(decoded) if fmt.rotates else decoded
         assert decoded.shape == x.shape
         assert (decoded - x).square().mean() < BOUNDS[fmt.bits] * x.square().mean()
+
+
+@settings(max_examples=40)
+@given(
+    fmt=st.sampled_from([*FORMATS, ChannelFormat(4, 16), ChannelFormat(3, 16)]),
+    width=st.integers(1, 140),
+    groups=st.integers(1, 4),
+    skipped=st.integers(0, 2),
+    seed=SEEDS,
+)
+def test_compiled_code_gives_what_torch_does(
+    fmt: Format, width: int, groups: int, skipped: int, seed: int
+) -> None:
+    """Bit for bit, NaN of what could not be stored too, from a part of a record into a part of a tensor."""
+    if not compiled.usable(torch.device("cpu"), torch.float32):
+        pytest.skip("no C compiler")
+    torch.manual_seed(seed)
+    group = fmt.group if isinstance(fmt, ChannelFormat) else 8
+    x = torch.randn(2, 3, (groups + skipped) * group, width) * torch.logspace(-3, 2, width)
+    x[1, 2, -1, width // 2] = float("nan")
+    part = narrow_record(encode(x, fmt), x.shape[2], skipped * group, x.shape[2], fmt)
+    room = torch.full((2, 3, width, groups * group + 5), float("inf"))
+    room = room.mT if isinstance(fmt, ChannelFormat) else room.mT.contiguous()
+    out = room[:, :, 2:-3]
+    decode_into(part, fmt, out)
+    torch.testing.assert_close(out, decode(part, width, fmt, torch.float32), rtol=0, atol=0, equal_nan=True)
+    assert bool(room[:, :, :2].isinf().all()) and bool(room[:, :, -3:].isinf().all())
+
+
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from(KINDS),
+    tokens=st.integers(1, 900),
+    cut=st.integers(1, 650),
+    reference=st.booleans(),
+    seed=SEEDS,
+)
+def test_tiles_of_any_size_are_the_history(
+    kind: tuple[int, bool], tokens: int, cut: int, reference: bool, seed: int
+) -> None:
+    """Over the seams of segments, where one was cut, by either way of decoding."""
+    torch.manual_seed(seed)
+    keys, values = states(650)
+    store = filled(cache_formats(*kind), [650], keys, values)
+    store.truncate(cut)
+    store.append(*states(700))
+    history = History(store, keys[:, :, :3], values[:, :, :3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIUIC_IMPL", "reference" if reference else "auto")
+        tiles = [(t.start, t.keys.clone(), t.values.clone()) for t in history.tiles(torch.float32, tokens)]
+    assert [start for start, *_ in tiles] == list(range(0, history.length, tiles[0][1].shape[2]))
+    for which, fmt in enumerate((history.formats.keys, history.formats.values)):
+        whole = torch.cat([tile[1 + which] for tile in tiles], dim=2)
+        whole = (rotate(whole) if fmt.rotates else whole).bfloat16()
+        assert torch.equal(whole[:, :, : history.past], history.dense(which)[:, :, : history.past])
 
 
 @pytest.mark.parametrize("bits", CACHE_BITS)

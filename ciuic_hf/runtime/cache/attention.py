@@ -1,8 +1,8 @@
 """Attention over a cache tile by tile.
 
 Scores of one tile exist at a time; softmax is accumulated with a running maximum (Milakov and Gimelshein, arXiv
-1805.02867). What is alive beside queries and result: a decoded tile and its scores, each about ``TILE`` elements
-unless one group of tokens is more, and the float32 sums of the queries. On a CPU everything is computed in float32,
+1805.02867). What is alive beside queries and result: a decoded tile of about ``TILE / 2`` elements and its scores, up
+to ``TILE``, and the float32 sums of the queries. On a CPU everything is computed in float32,
 elsewhere products are in the dtype of the queries and sums in float32.
 """
 
@@ -94,6 +94,7 @@ def accumulate(
             product = weights.to(dtype).flatten(2, 3) @ values
             sums[chosen] = sums[chosen] * fade + product.unflatten(2, weights.shape[2:4])
             top[chosen] = highest
+        del keys, values  # before the next tile is expanded
     return sums.div_(total.clamp_(min=torch.finfo(torch.float32).tiny))
 
 
@@ -121,7 +122,7 @@ def attend(query: Tensor, history: History, scale: float, mask: Mask) -> Tensor:
     q = query.to(compute_dtype(query)) * scale
     if history.formats.keys.rotates:
         q = rotate(q)
-    tokens = TILE // (batch * cached * (width + values_width))
+    tokens = TILE // (2 * batch * cached * (width + values_width))
     grouped = q.unflatten(1, (cached, heads // cached))
     out = accumulate(
         history, tokens, lambda tile: ((tile.keys,), tile.values), (grouped,), values_width, mask

@@ -44,7 +44,7 @@ def unpack_linear(planes: tuple[Tensor, ...], bits: int) -> Tensor:
     """float32 ``[..., n]``: the codes as numbers."""
     if bits == 8:
         return planes[0].float()
-    values = _values(planes[0], _linear_table(PLANES[bits][0], planes[0].device))
+    values = _values(planes[0], linear_table(bits, planes[0].device))
     if bits == 3:
         values += _high_bits(planes[1], 0, 4)
     return values
@@ -52,7 +52,7 @@ def unpack_linear(planes: tuple[Tensor, ...], bits: int) -> Tensor:
 
 def unpack_lloyd(planes: tuple[Tensor, ...], bits: int) -> Tensor:
     """float32 ``[..., n]``: the Lloyd-Max levels of the codes; the highest bit of a code is its sign."""
-    values = _values(planes[0], _lloyd_table(bits, planes[0].device))
+    values = _values(planes[0], lloyd_table(bits, planes[0].device))
     if bits == 3:
         values *= _high_bits(planes[1], 1, -1)
     return values
@@ -83,12 +83,15 @@ def _table(values: Tensor, width: int) -> Tensor:
 
 
 @cache
-def _linear_table(width: int, device: torch.device) -> Tensor:
+def linear_table(bits: int, device: torch.device) -> Tensor:
+    """The numbers in each byte of the lowest plane of codes of ``bits`` below 8."""
+    width = PLANES[bits][0]
     return _table(torch.arange(1 << width, dtype=torch.float32), width).to(device)
 
 
 @cache
-def _lloyd_table(bits: int, device: torch.device) -> Tensor:
+def lloyd_table(bits: int, device: torch.device) -> Tensor:
+    """The levels in each byte of the lowest plane; of three bits their magnitudes."""
     levels = torch.tensor(LLOYD[bits])
     return _table(levels if bits == 3 else torch.cat([levels, -levels]), PLANES[bits][0]).to(device)
 

@@ -23,7 +23,9 @@ from ciuic_hf.planning.cache_formats import ChannelFormat, Format, TokenFormat, 
 from ciuic_hf.runtime.cache.codes import (
     PLANES,
     fold_sum,
+    linear_table,
     lloyd_codes,
+    lloyd_table,
     pack,
     rotate,
     scale_bytes,
@@ -31,6 +33,7 @@ from ciuic_hf.runtime.cache.codes import (
     unpack_linear,
     unpack_lloyd,
 )
+from ciuic_kernels.cpu import cache as compiled
 
 Record = tuple[Tensor, ...]
 _SMALLEST_NEGATIVE = -32767  # the bits of float16's smallest negative number, as an int16
@@ -68,6 +71,22 @@ def decode(record: Record, width: int, fmt: Format, dtype: torch.dtype) -> Tenso
     if isinstance(fmt, ChannelFormat):
         return _decode_channels(record, fmt).to(dtype).mT
     return _decode_tokens(record, width, fmt).to(dtype)
+
+
+def decode_into(record: Record, fmt: Format, out: Tensor) -> None:
+    """The same into ``out`` ``[B, H, t, width]``, of a ChannelFormat a transposed view; by compiled code on a CPU."""
+    if not compiled.usable(out.device, out.dtype):
+        out.copy_(decode(record, out.shape[-1], fmt, out.dtype))
+        return
+    scales = scale_table(out.device)
+    if isinstance(fmt, ChannelFormat):
+        *planes, scale, low = record
+        table = None if fmt.bits == 8 else linear_table(fmt.bits, out.device)
+        compiled.decode_channels(tuple(planes), scale, low, table, scales, fmt.bits, fmt.group, out.mT)
+    else:
+        *planes, scale = record
+        table = None if fmt.bits == 8 else lloyd_table(fmt.bits, out.device)
+        compiled.decode_tokens(tuple(planes), scale, table, scales, fmt.bits, fmt.group, out)
 
 
 def _encode_channels(x: Tensor, fmt: ChannelFormat) -> Record:

@@ -60,7 +60,7 @@ def _absorbed(
         latent = rotate(latent)
     if history.formats.values.rotates:
         rotary = rotate(rotary)
-    tokens = TILE // (nope.shape[0] * (shape.rank + shape.rope))
+    tokens = TILE // (2 * nope.shape[0] * (shape.rank + shape.rope))
     queries = (latent[:, None], rotary[:, None])
     out = accumulate(
         history, tokens, lambda tile: ((tile.keys, tile.values), tile.keys), queries, shape.rank, mask

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ciuic_hf.planning.cache_formats import CHUNK, TAIL, CacheFormats, Format
+from ciuic_hf.planning.cache_formats import CHUNK, TAIL, CacheFormats, ChannelFormat, Format
+from ciuic_hf.planning.tiles import tile_tokens
 from ciuic_hf.runtime.cache.codes import rotate
-from ciuic_hf.runtime.cache.encoding import Record, decode, empty_record, encode, narrow_record
+from ciuic_hf.runtime.cache.encoding import Record, decode_into, empty_record, encode, narrow_record
 
 
 @dataclass(frozen=True)
@@ -156,37 +157,52 @@ class History:
         self.length = self.past + keys.shape[2]
 
     def tiles(self, dtype: torch.dtype, tokens: int) -> Iterator[Tile]:
-        """All tokens in order, at most about ``tokens`` at a time and never more than a chunk of the packed part."""
-        start = 0
-        group = self.formats.group
-        step = max(group, tokens // group * group)
+        """All tokens in order, at most about ``tokens`` at a time; a tile is overwritten by the next one."""
+        step = tile_tokens(tokens, self.formats.group)
+        rooms = [
+            _room(fresh, min(step, self.length), fmt, dtype)
+            for fresh, fmt in zip(self.fresh, self._formats, strict=True)
+        ]
+        for start in range(0, self.length, step):
+            count = min(step, self.length - start)
+            keys, values = (room[:, :, :count] for room in rooms)
+            self._fill(start, (keys, values))
+            yield Tile(start, keys, values)
+
+    @property
+    def _formats(self) -> tuple[Format, Format]:
+        return self.formats.keys, self.formats.values
+
+    def _fill(self, start: int, out: tuple[Tensor, Tensor]) -> None:
+        """Keys and values from token ``start`` on, as many as there is room for."""
+        stop, position = start + out[0].shape[2], 0
         for segment in self.segments:
-            for first in range(0, segment.tokens, step):
-                keys, values = self._decode(segment, first, min(first + step, segment.tokens), dtype)
-                yield Tile(start + first, keys, values)
-            start += segment.tokens
+            first, last = max(start, position), min(stop, position + segment.tokens)
+            if first < last:
+                part = (x[:, :, first - start : last - start] for x in out)
+                self._decode(segment, first - position, last - position, tuple(part))
+            position += segment.tokens
         for dense in (self.tail, self.fresh):
             if dense is None:
                 continue
-            for first in range(0, dense[0].shape[2], step):
-                keys, values = (x[:, :, first : first + step].to(dtype) for x in dense)
-                if self.formats.keys.rotates:
-                    keys = rotate(keys)
-                if self.formats.values.rotates:
-                    values = rotate(values)
-                yield Tile(start + first, keys, values)
-            start += dense[0].shape[2]
+            count = dense[0].shape[2]
+            first, last = max(start, position), min(stop, position + count)
+            if first < last:
+                for x, fmt, room in zip(dense, self._formats, out, strict=True):
+                    recent = x[:, :, first - position : last - position].to(room.dtype)
+                    room[:, :, first - start : last - start] = rotate(recent) if fmt.rotates else recent
+            position += count
 
-    def _decode(self, segment: Segment, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        group, formats = self.formats.group, self.formats
-        stop = -(-last // group) * group
-        tile = []
-        for record, fmt, fresh in zip(
-            (segment.keys, segment.values), (formats.keys, formats.values), self.fresh, strict=True
-        ):
-            part = narrow_record(record, segment.capacity, first, stop, fmt)
-            tile.append(decode(part, fresh.shape[-1], fmt, dtype)[:, :, : last - first])
-        return tile[0], tile[1]
+    def _decode(self, segment: Segment, first: int, last: int, out: tuple[Tensor, ...]) -> None:
+        group = self.formats.group
+        begin, end = first // group * group, -(-last // group) * group
+        whole = (begin, end) == (first, last)
+        for record, fmt, room in zip((segment.keys, segment.values), self._formats, out, strict=True):
+            part = narrow_record(record, segment.capacity, begin, end, fmt)
+            target = room if whole else _room(room, end - begin, fmt, room.dtype)
+            decode_into(part, fmt, target)
+            if not whole:
+                room.copy_(target[:, :, first - begin : last - begin])
 
     def dense(self, which: int) -> Tensor:
         """All keys (0) or values (1) ``[B, H, length, D]`` in the dtype of this step's, as a cache without bits has."""
@@ -200,3 +216,11 @@ class History:
             out[:, :, tile.start : tile.start + x.shape[2]] = rotate(x) if fmt.rotates else x
         out[:, :, self.past :] = fresh
         return out
+
+
+def _room(like: Tensor, tokens: int, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """Uninitialised ``[B, H, tokens, D]``, laid out as the format is decoded."""
+    batch, heads, _, width = like.shape
+    if isinstance(fmt, ChannelFormat):
+        return like.new_empty(batch, heads, width, tokens, dtype=dtype).mT
+    return like.new_empty(batch, heads, tokens, width, dtype=dtype)
