@@ -27,6 +27,10 @@ _UNSUPPORTED = {
 }
 
 
+SUMMED = 1 << 23
+"""Elements whose weighted sum is formed at a time when no gradient is needed: it is formed in float32."""
+
+
 class LowRank(NamedTuple):
     """What an adapter adds to the experts of a parameter ``[E, N, K]``: ``scale * b[e] @ a[e]``.
 
@@ -61,10 +65,10 @@ class CiuicExperts(PackedModule):
             ``[T, H]`` in the dtype of ``hidden_states``.
         """
         adapters = low_rank or {}
-        gate_up = self._products(hidden_states, top_k_index, "gate_up_proj", adapters)
-        down = self._products(self.gate(gate_up), top_k_index, "down_proj", adapters)
-        weighted = down.unflatten(0, top_k_index.shape) * top_k_weights.unsqueeze(-1)
-        return weighted.sum(dim=1).to(hidden_states.dtype)
+        gated = self.gate(self._products(hidden_states, top_k_index, "gate_up_proj", adapters))
+        down = self._products(gated, top_k_index, "down_proj", adapters)
+        del gated
+        return weighted_sum(down.unflatten(0, top_k_index.shape), top_k_weights, hidden_states.dtype)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """``[S, 2 I] -> [S, I]``: the activation and gating of the class this was made from."""
@@ -92,6 +96,23 @@ class CiuicExperts(PackedModule):
 def _compressed_class(base: type[nn.Module]) -> type[nn.Module]:
     """``Ciuic<Base>``: the base class with the products of CiuicExperts."""
     return type(f"Ciuic{base.__name__}", (CiuicExperts, base), {"__module__": __name__})
+
+
+def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the experts of each token: outputs ``[T, k, H]`` times weights ``[T, k]``, as ``[T, H]`` of ``dtype``.
+
+    Many tokens are summed some at a time, with the same result bit for bit.
+    """
+    tokens = max(1, SUMMED // max(1, outputs[0].numel())) if len(outputs) else 1
+    if len(outputs) <= tokens or (
+        torch.is_grad_enabled() and (outputs.requires_grad or weights.requires_grad)
+    ):
+        return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(dtype)
+    out = outputs.new_empty(len(outputs), outputs.shape[-1], dtype=dtype)
+    for first in range(0, len(outputs), tokens):
+        some = slice(first, first + tokens)
+        out[some] = (outputs[some] * weights[some].unsqueeze(-1)).sum(dim=1)
+    return out
 
 
 def is_fused_experts(module: nn.Module) -> bool:
