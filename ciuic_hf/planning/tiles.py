@@ -1,12 +1,14 @@
 """How attention with latents is computed on a compressed cache, tile by tile, and what that takes.
 
-The sizes that :mod:`ciuic_hf.runtime.cache` goes by. Grouped heads need no formula of their own: a prompt attends to
-its own keys and values as without a cache, and a later step to tiles that take less than the prompt did.
+The sizes that :mod:`ciuic_hf.runtime.cache` goes by. Grouped heads are in :mod:`ciuic_hf.planning.attending`: a prompt
+that goes in at once attends to its own keys and values as without a cache, one in pieces to tiles.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from ciuic_hf.planning.cache_formats import CHUNK
 
 TILE = 1 << 21
 """Elements of a decoded tile, and of the scores of one, about."""
@@ -37,7 +39,7 @@ class LatentShape:
 
 @dataclass(frozen=True)
 class TiledPass:
-    """Attention of ``context`` new tokens in each of ``batch`` sequences to themselves, through the cache.
+    """Attention of ``queries`` new tokens in each of ``batch`` sequences to ``context``, themselves among them.
 
     Attributes:
         element_nbytes: of the model's dtype.
@@ -49,6 +51,7 @@ class TiledPass:
     shape: LatentShape
     heads: int
     batch: int
+    queries: int
     context: int
     element_nbytes: int
     compute_nbytes: int
@@ -57,7 +60,8 @@ class TiledPass:
 
     def _tile(self, width: int) -> int:
         """Tokens of a tile whose tokens have ``width`` elements in a sequence."""
-        return min(self.context, max(_GROUP, TILE // (self.batch * width) // _GROUP * _GROUP))
+        most = min(self.context, max(CHUNK, self.queries))
+        return min(most, max(_GROUP, TILE // (self.batch * width) // _GROUP * _GROUP))
 
     def _scores_nbytes(self, tokens: int) -> tuple[int, int]:
         """Of a tile of ``tokens``: while scores are formed, and what stays until the next are.
@@ -66,12 +70,12 @@ class TiledPass:
         narrower, both those and float32 ones hidden by the mask.
         """
         of_query = self.batch * self.heads * tokens
-        scores, narrow = of_query * min(self.context, max(1, TILE // of_query)), self.compute_nbytes < 4
+        scores, narrow = of_query * min(self.queries, max(1, TILE // of_query)), self.compute_nbytes < 4
         return scores * max(8 + 2 * self.compute_nbytes, 12 + narrow * self.compute_nbytes), 8 * scores
 
     def expanded_nbytes(self, weights: int) -> int:
         """Beside the queries in the model's dtype, when tiles are expanded by ``kv_b_proj`` of ``weights``."""
-        shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.context
+        shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.queries
         queries = compute * tokens * self.heads * (shape.nope + shape.rope)
         results = tokens * self.heads * shape.value
         width = self.heads * (shape.nope + shape.value)
@@ -89,7 +93,7 @@ class TiledPass:
 
     def absorbed_nbytes(self) -> int:
         """The same where ``kv_b_proj`` is absorbed into queries: float32 sums as wide as latents, turned back."""
-        shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.context
+        shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.queries
         latents = tokens * self.heads * shape.rank
         queries = compute * tokens * self.heads * (shape.nope + shape.rope)
         tile = self._tile(shape.rank + shape.rope)
