@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 BAND_WEIGHTS = {"cpu": 4 << 20, "cuda": 32 << 20}
 """Of ciuic_kernels.ops: weights that a product decodes at a time."""
-_SCORE_NBYTES = 16  # of a tile's scores: those formed, hidden ones, weights, and weights of the turn before
+_SCORE_NBYTES = 12  # of a tile's scores: those formed, and scores or weights of this turn and the one before
+_DECODED = 3  # tiles in float32, while codes are looked up, scaled and turned
 _TURNED = 4  # results in float32, while a Hadamard transform sums, subtracts and stacks them
 
 
@@ -114,7 +115,7 @@ def _grouped_tiles_nbytes(sizes: Sizes, run: Run, piece: Piece) -> int:
     tile = min(piece.context, max(CHUNK, piece.queries), max(1, TILE // width))
     of_query = piece.batch * sizes.heads * tile
     scores = of_query * min(piece.queries, max(1, TILE // of_query))
-    working = results + compute * tile * width + _SCORE_NBYTES * scores
+    working = results + _DECODED * 4 * tile * width + _SCORE_NBYTES * scores
     turns = cache_formats(run.cache_bits, latent=False).values.rotates
     return queries + max(working, _TURNED * results if turns else 0)
 
@@ -138,4 +139,7 @@ def _latent_tiles_nbytes(sizes: Sizes, run: Run, piece: Piece) -> int:
         weights = sizes.heads * (shape.nope + shape.value) * sizes.latent
         expanding = replace(made, queries=queries, context=piece.context).expanded_nbytes(weights)
         nbytes = max(nbytes, queries * of_token + expanding)
-    return nbytes
+    if piece.is_whole:
+        return nbytes
+    tile = min(piece.context, CHUNK)  # of the packed part, which the whole prompt has none of
+    return nbytes + _DECODED * 4 * piece.batch * tile * (shape.rank + shape.rope)
