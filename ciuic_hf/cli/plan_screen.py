@@ -128,7 +128,7 @@ def _limits(found: dict[str, Any]) -> str:
 def _pieces(found: dict[str, Any]) -> str:
     chunk = found["prefill_chunk"]
     if chunk is None or chunk >= found["context"]:
-        return ", prompt at once"
+        return ""
     return f", prompt in pieces of {chunk:,}"
 
 

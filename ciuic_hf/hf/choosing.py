@@ -14,8 +14,8 @@ from ciuic_hf.config import ADAPTIVE, MAX_BITS, MIN_BITS
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.cache import can_compress_cache
 from ciuic_hf.hf.config import CiuicConfig
-from ciuic_hf.hf.prefill import is_automatic
 from ciuic_hf.hf.placing import TooSmallError, layers_on, place_of, split_beside
+from ciuic_hf.hf.prefill import is_automatic
 from ciuic_hf.modules.allocation import TABLES, Place, Survey, adapt_targets, allocate_targets, is_pooled
 from ciuic_hf.modules.targets import Kept, Target, find_targets
 from ciuic_hf.planning.cache_formats import CACHE_BITS
