@@ -86,11 +86,12 @@ def _request(arguments: argparse.Namespace) -> Any:
         arguments.sensitivity,
         arguments.device,
         arguments.cache_bits,
-        _prefill_chunk(arguments.prefill_chunk),
+        prefill_chunk(arguments.prefill_chunk),
     )
 
 
-def _prefill_chunk(text: str | None) -> int | str | None:
+def prefill_chunk(text: str | None) -> int | str | None:
+    """What ``--prefill-chunk`` says. Raises CiuicError."""
     from ciuic_hf.planning.prefill_chunk import check_prefill_chunk
 
     return None if text is None else check_prefill_chunk(int(text) if text.isdecimal() else text)

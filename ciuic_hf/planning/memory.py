@@ -1,7 +1,9 @@
 """What a model takes beside its weights while it generates, from its config alone.
 
-Sizes are of transformers' own attention and caches, for a prompt of the whole context in one forward pass of
-sequences of one length. The peak is the cache plus whatever is largest at one moment:
+Sizes are of transformers' own attention and caches, for a prompt of the whole context in sequences of one length, in
+one forward pass or in pieces (``prefill_chunk``): then everything but the cache is of one piece, and what attention
+needs of history for it is in :mod:`ciuic_hf.planning.attending`. The peak is the cache plus whatever is largest at
+one moment:
 
 * cache: for each layer and token ``kv_lora_rank + qk_rope_head_dim`` values with multi-head latent attention
   (arXiv 2405.04434, section 2.1), else ``2 * key-value heads * head size``; DeepSeek-V3.2 keeps an indexer key as
