@@ -96,13 +96,13 @@ def test_a_compressed_cache_in_pieces(
 
 def test_a_memory_chooses_pieces_and_they_are_kept(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     path = checkpoint("llama_wide")
-    tight = load_with(path, memory="30MiB", context=4096)
+    tight = load_with(path, memory="64MiB", context=4096)
     chunk = tight.generation_config.prefill_chunk_size
     assert chunk is not None and chunk < 4096
     assert f"in pieces of {chunk} tokens" in str(tight.ciuic_report)
     assert tight.config.quantization_config.prefill_chunk == chunk
     with pytest.raises(CiuicError, match="The smallest plan needs"):
-        load_with(path, memory="30MiB", context=4096, prefill_chunk="none")
+        load_with(path, memory="64MiB", context=4096, prefill_chunk="none")
     tight.save_pretrained(tmp_path / "saved")
     auto = AutoModelForCausalLM
     assert auto.from_pretrained(tmp_path / "saved").generation_config.prefill_chunk_size == chunk
