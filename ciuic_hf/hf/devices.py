@@ -83,8 +83,8 @@ def explicit_map(device_map: Any) -> dict[str, int | str]:
     return {name: device_key(device) for name, device in device_map.items()}
 
 
-ACCELERATE_SHARE = 0.9
-"""Of a device's free memory, that accelerate plans with where no max_memory is given."""
+ACCELERATE_SHARE = 0.88
+"""accelerate plans with 0.9 of a device's free memory where no max_memory is given, looked up a moment later."""
 
 
 def check_max_memory(max_memory: Mapping[int | str, int], memory: int, weights: int) -> None:
@@ -103,7 +103,7 @@ def check_max_memory(max_memory: Mapping[int | str, int], memory: int, weights: 
     accelerators = {key: n for key, n in max_memory.items() if key not in ("cpu", "disk") and n > 0}
     there = accelerators or {"cpu": max_memory.get("cpu", 0)}
     room = sum(there.values())
-    enough = weights if len(there) > 1 else max(weights, int(ACCELERATE_SHARE * CPU_SHARE * memory))
+    enough = weights if len(there) > 1 else max(weights, int(ACCELERATE_SHARE * memory))
     if room < enough:
         devices = ", ".join(map(str, there))
         raise CiuicError(
