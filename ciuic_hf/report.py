@@ -114,6 +114,7 @@ class Report:
         seconds: wall time of the load or of compressing in place (``did`` says which), None for an inspection.
         peak_nbytes: highest memory above the start of that (``peak_of`` says which memory), None if unknown.
         rounded: what rounding by a calibration did, None without one.
+        prompt: how prompts go in while generating, where a load chose that or was told.
     """
 
     compressed: list[CompressedParameter]
@@ -124,6 +125,7 @@ class Report:
     peak_of: str = ""
     did: str = "Loaded"
     rounded: Rounded | None = None
+    prompt: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -168,6 +170,7 @@ class Report:
         ratio = f"{self.dense_nbytes / max(1, self.nbytes):.2f}x smaller"
         table.add_row(*_row("total", self._weights(), self.dense_nbytes, self.nbytes, ratio))
         notes = [str(self.rounded)] if self.rounded else []
+        notes += [self.prompt] if self.prompt else []
         notes += [self._run()] if self.seconds is not None else []
         return Group(table, *map(Text, notes))
 

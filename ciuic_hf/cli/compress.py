@@ -47,6 +47,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--plan", type=Path, help="instead: a plan of `ciuic plan --save`, followed exactly")
     command.add_argument("--sensitivity", type=Path, help="file of `ciuic calibrate`")
     command.add_argument("--calibration", type=Path, help="file of `ciuic calibrate --rounding`")
+    command.add_argument("--prefill-chunk", help="tokens of a prompt at once while generating: N or none")
     command.add_argument(
         "--cache-bits", type=int, help="8, 4, 3 or 2: generate will keep its cache compressed"
     )
@@ -101,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _config(arguments: argparse.Namespace) -> Any:
     """The CiuicConfig that was asked for. Raises CiuicError."""
+    from ciuic_hf.cli.plan import prefill_chunk
     from ciuic_hf.hf.config import CiuicConfig
 
     sizes = [name for name in ("bits", "memory", "gpu", "plan") if getattr(arguments, name) is not None]
@@ -118,6 +120,7 @@ def _config(arguments: argparse.Namespace) -> Any:
         "calibration": arguments.calibration,
         "plan": arguments.plan,
         "cache_bits": arguments.cache_bits,
+        "prefill_chunk": prefill_chunk(arguments.prefill_chunk),
     }
     if arguments.bits is not None:
         options["bits"] = arguments.bits

@@ -24,6 +24,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--context", type=int, default=8192, help="tokens of a sequence (default 8192)")
     command.add_argument("--batch", type=int, default=1, help="sequences at once (default 1)")
     command.add_argument("--cache-bits", type=int, choices=(8, 4, 3, 2), help="compress the cache")
+    command.add_argument("--prefill-chunk", help="tokens of a prompt at once: N, auto (with a memory), none")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind (default cuda)")
     command.add_argument("--sensitivity", type=Path, help="file of `ciuic calibrate`")
     command.add_argument("--save", type=Path, help="write the plan, for CiuicConfig(plan=...)")
@@ -85,7 +86,15 @@ def _request(arguments: argparse.Namespace) -> Any:
         arguments.sensitivity,
         arguments.device,
         arguments.cache_bits,
+        prefill_chunk(arguments.prefill_chunk),
     )
+
+
+def prefill_chunk(text: str | None) -> int | str | None:
+    """What ``--prefill-chunk`` says. Raises CiuicError."""
+    from ciuic_hf.planning.prefill_chunk import check_prefill_chunk
+
+    return None if text is None else check_prefill_chunk(int(text) if text.isdecimal() else text)
 
 
 def _refusal(error: Any, ways: dict[str, int], setups: list[str]) -> str:

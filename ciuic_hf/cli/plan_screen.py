@@ -113,7 +113,7 @@ def _speed(found: dict[str, Any]) -> str:
 def _limits(found: dict[str, Any]) -> str:
     sequences = f"{found['batch']} sequence{'s' if found['batch'] > 1 else ''}"
     cache = f", cache at {found['cache_bits']} bits" if found["cache_bits"] else ""
-    counted = f"Counted for {found['context']:,} tokens in {sequences}{cache}"
+    counted = f"Counted for {found['context']:,} tokens in {sequences}{cache}{_pieces(found)}"
     limit = found["max_position_embeddings"]
     beyond = f", more than the {limit:,} the model was made for" if limit and found["context"] > limit else ""
     if found["memory"] is None:
@@ -123,6 +123,13 @@ def _limits(found: dict[str, Any]) -> str:
         f"{counted}{beyond}; beside these weights fit {found['longest_context']:,} tokens{most}, or "
         f"{found['largest_batch']:,} sequence{'s' if found['largest_batch'] > 1 else ''}."
     )
+
+
+def _pieces(found: dict[str, Any]) -> str:
+    chunk = found["prefill_chunk"]
+    if chunk is None or chunk >= found["context"]:
+        return ""
+    return f", prompt in pieces of {chunk:,}"
 
 
 def _split(found: dict[str, Any]) -> str:

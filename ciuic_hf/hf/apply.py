@@ -13,6 +13,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter
 
 from ciuic_hf.config import ADAPTIVE, CompressionIntent, Setting
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf import prefill
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer, leave_bias, tie_tags
@@ -61,7 +62,10 @@ def apply_ciuic_compression(
     with measured:
         outcome = compress_in_place(model, choose)
     if is_transformers:
-        report = build_report(model, _attach(model, config, outcome), outcome.errors)
+        stored = _attach(model, config, outcome)
+        report = build_report(model, stored, outcome.errors)
+        prefill.set_prefill_chunk(model, stored)
+        report.prompt = prefill.describe(model, stored)
     else:
         roles = {target.name: target.role for target in outcome.targets}
         reasons = {k.name: k.reason for k in outcome.kept}
@@ -105,8 +109,10 @@ def _choose_for_transformers(
         raise CiuicError(
             f'memory must be one size for a loaded model, such as "22GiB", got {config.memory!r}.'
         )
+    prefill.check(model, config)
     look = partial(count_pruned, model)
     choice = choose(model, config, model.dtype, device=model.device.type, survey=look, ties=ties)
+    config.prefill_chunk = choice.run.prefill_chunk
     if config.memory is not None or config.plan is not None or config.policy == ADAPTIVE:
         config.bits = choice.bits  # what config.json will say was asked for
     return choice.targets, choice.kept

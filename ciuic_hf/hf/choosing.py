@@ -15,11 +15,13 @@ from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.cache import can_compress_cache
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.placing import TooSmallError, layers_on, place_of, split_beside
+from ciuic_hf.hf.prefill import is_automatic
 from ciuic_hf.modules.allocation import TABLES, Place, Survey, adapt_targets, allocate_targets, is_pooled
 from ciuic_hf.modules.targets import Kept, Target, find_targets
 from ciuic_hf.planning.cache_formats import CACHE_BITS
 from ciuic_hf.planning.memory import Footprint, Run, footprint, largest_fitting
 from ciuic_hf.planning.plan import ModelPlan
+from ciuic_hf.planning.prefill_chunk import fastest_run, leanest_run
 from ciuic_hf.planning.rate_distortion import MENU
 from ciuic_hf.planning.sensitivity import Sensitivity
 from ciuic_kernels import BlockGrid, codec_by_name
@@ -53,6 +55,11 @@ class Choice:
     def compressed_nbytes(self) -> int:
         """Arenas and tags, tied ones once."""
         return sum(stored_nbytes(t) for t in self.stored)
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Everything but generation: compressed and kept, without the tables that loading derives."""
+        return self.compressed_nbytes + sum(self.kept_nbytes.values())
 
     @property
     def stored(self) -> list[Target]:
@@ -123,7 +130,7 @@ def choose(
     if config.memory is not None:
         text = model.config.get_text_config().to_dict()
         bits = CACHE_BITS if can_compress_cache(model.config) else ()
-        rooms = _rooms(choice, config, text, device_map or {"": ""}, bits)
+        choice, rooms = _with_pieces(model, choice, config, text, device_map or {"": ""}, bits)
     nonzeros = survey([t for t in choice.targets if is_pooled(t, config.intent)], False) if survey else None
     allocated, error = allocate_targets(choice.targets, config.intent, measured, rooms, place, nonzeros)
     return replace(choice, targets=allocated, error=error)
@@ -157,6 +164,8 @@ def uniform_choice(
     if config.context is not None:
         context, batch = config.context, config.batch
     run = run_of(model, dtype, device, config.cache_bits)
+    if isinstance(config.prefill_chunk, int):
+        run = replace(run, prefill_chunk=config.prefill_chunk)
     text = model.config.get_text_config().to_dict()
     beside = footprint(text, context, batch, run) if context is not None else None
     return Choice(targets, kept, kept_nbytes, None, beside, run, tied)
@@ -218,6 +227,33 @@ def fixed_and_smallest(
         else:
             fixed[where] += stored_nbytes(target)
     return fixed, smallest
+
+
+def _with_pieces(
+    model: Any,
+    choice: Choice,
+    config: CiuicConfig,
+    text: Mapping[str, Any],
+    device_map: Mapping[str, Place],
+    cache_bits: Sequence[int],
+) -> tuple[Choice, dict[Place, int]]:
+    """The choice with the size of pieces that the prompt goes in by, and what :func:`_rooms` says of it.
+
+    Where it is to be chosen and the best does not fit, the leanest may.
+    """
+    assert config.context is not None
+    if not is_automatic(model, config):
+        return choice, _rooms(choice, config, text, device_map, cache_bits)
+    asked = text, config.context, config.batch
+    memory = min(map(config.memory_of, set(device_map.values())))
+    fastest = fastest_run(text, memory, config.context, config.batch, choice.run)
+    try:
+        fast = replace(choice, run=fastest, beside=footprint(*asked, fastest))
+        return fast, _rooms(fast, config, text, device_map, cache_bits)
+    except TooSmallError:
+        leanest = leanest_run(*asked, choice.run)
+        lean = replace(choice, run=leanest, beside=footprint(*asked, leanest))
+        return lean, _rooms(lean, config, text, device_map, cache_bits)
 
 
 def _rooms(

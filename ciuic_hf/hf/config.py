@@ -15,6 +15,8 @@ from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.devices import device_key
 from ciuic_hf.planning.cache_formats import check_cache_bits
 from ciuic_hf.planning.memory import parse_size
+from ciuic_hf.planning.prefill_chunk import AUTO as AUTO_CHUNK
+from ciuic_hf.planning.prefill_chunk import check_prefill_chunk
 from ciuic_kernels import FORMAT_VERSION
 
 METHOD = "ciuic"
@@ -27,6 +29,7 @@ _RUNTIME = (
     "memory",
     "context",
     "batch",
+    "replaced_prefill_chunk",
 )  # of one load; not kept in config.json
 
 
@@ -92,6 +95,8 @@ class CiuicConfig(QuantizationConfigMixin):
             device has free. ``{0: "22GiB", 1: "46GiB"}`` is for each device of an explicit ``device_map``.
         context, batch: with memory: tokens of a sequence, and how many sequences at once.
         cache_bits: 8, 4, 3 or 2: ``generate`` compresses keys and values (``CiuicCache``), and ``memory`` counts it.
+        prefill_chunk: tokens of a prompt that go through the model together, ``generate`` feeds longer ones in pieces;
+            ``"none"`` for all at once. Unless given, chosen with ``memory`` (``"auto"``) and not set with ``bits``.
 
     Example:
         ``CiuicConfig(bits=4.25, modules={"embeddings": 8, "attention": 6, "model.layers.0.": 8})``
@@ -112,6 +117,7 @@ class CiuicConfig(QuantizationConfigMixin):
         context: int | None = None,
         batch: int = 1,
         cache_bits: int | None = None,
+        prefill_chunk: int | str | None = None,
         quant_method: str = METHOD,
         format_version: int = FORMAT_VERSION,
         parameters: Mapping[str, Mapping[str, Any]] | None = None,
@@ -121,7 +127,7 @@ class CiuicConfig(QuantizationConfigMixin):
         if unknown:
             raise CiuicError(
                 f"CiuicConfig has no option {', '.join(sorted(unknown))}; it takes bits, modules, policy, "
-                "sensitivity, calibration, plan, memory, context, batch and cache_bits."
+                "sensitivity, calibration, plan, memory, context, batch, cache_bits and prefill_chunk."
             )
         if quant_method != METHOD:
             raise CiuicError(f"quant_method of a CiuicConfig is {METHOD!r}, got {quant_method!r}.")
@@ -145,6 +151,10 @@ class CiuicConfig(QuantizationConfigMixin):
         self.memory = _parse_memory(memory)
         self.context, self.batch = context, batch
         self.cache_bits = None if cache_bits is None else check_cache_bits(cache_bits)
+        self.prefill_chunk = None if prefill_chunk is None else check_prefill_chunk(prefill_chunk)
+        if self.prefill_chunk == AUTO_CHUNK and memory is None:
+            raise CiuicError('prefill_chunk="auto" is chosen for a memory; give one, or a number of tokens.')
+        self.replaced_prefill_chunk: int | None = None  # of the file, where another is given for a load
         self.parameters = {name: dict(entry) for name, entry in (parameters or {}).items()}
         self.kept = dict(kept or {})
         self.source_quantization: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ import torch
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.memory_calculator import device_memory
+from ciuic_hf.report import human_bytes
 
 CPU_SHARE = 0.9
 """Of the memory that is available: other programs live there too, and a system without any stops."""
@@ -80,3 +81,33 @@ def explicit_map(device_map: Any) -> dict[str, int | str]:
             "dictionary, such as the one that `ciuic plan MODEL --count N --json` prints."
         )
     return {name: device_key(device) for name, device in device_map.items()}
+
+
+ACCELERATE_SHARE = 0.88
+"""accelerate plans with 0.9 of a device's free memory where no max_memory is given, looked up a moment later."""
+
+
+def check_max_memory(max_memory: Mapping[int | str, int], memory: int, weights: int) -> None:
+    """Refuse a load that accelerate would spread otherwise than its bits were chosen for.
+
+    transformers looks at ``max_memory`` after bits were chosen, and says nothing of it before.
+
+    Args:
+        max_memory: bytes that accelerate will plan with, of accelerators and ``"cpu"``.
+        memory: bytes that the bits were chosen for, of one device.
+        weights: bytes of the weights in that.
+
+    Raises:
+        CiuicError: where less than ``memory`` is there on one device, or too little for the weights on several.
+    """
+    accelerators = {key: n for key, n in max_memory.items() if key not in ("cpu", "disk") and n > 0}
+    there = accelerators or {"cpu": max_memory.get("cpu", 0)}
+    room = sum(there.values())
+    enough = weights if len(there) > 1 else max(weights, int(ACCELERATE_SHARE * memory))
+    if room < enough:
+        devices = ", ".join(map(str, there))
+        raise CiuicError(
+            f"Bits were chosen for memory={human_bytes(memory)} before transformers looks at max_memory, which leaves "
+            f"{human_bytes(room)} on device {devices}: give that size as memory, or a memory for each device with a "
+            "device_map, such as the one that `ciuic plan MODEL --count N --json` prints."
+        )

@@ -57,6 +57,10 @@ def install() -> None:
         bits = getattr(quantization_config_from_args, "cache_bits", None)
         if isinstance(merged, CiuicConfig) and bits is not None:
             merged.cache_bits = bits  # of the run, not of the file
+        chunk = getattr(quantization_config_from_args, "prefill_chunk", None)
+        is_another = merged is not quantization_config_from_args
+        if isinstance(merged, CiuicConfig) and is_another and chunk not in (None, "auto"):
+            merged.replaced_prefill_chunk, merged.prefill_chunk = merged.prefill_chunk, chunk
         return merged
 
     merge_quantization_configs.wrapped_by_ciuic = True  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ciuic_hf.config import MAX_BITS
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.hf import choosing, fp8
+from ciuic_hf.hf import choosing, fp8, prefill
 from ciuic_hf.hf.cache import CiuicCache, can_compress_cache
 from ciuic_hf.hf.choosing import Choice, choose, fixed_and_smallest, stored_nbytes, uniform_choice
 from ciuic_hf.hf.config import CiuicConfig
@@ -22,6 +22,7 @@ from ciuic_hf.hf.source import Source
 from ciuic_hf.modules.allocation import TABLES, Place
 from ciuic_hf.planning.forecast import active_share, reference_cache_kl, reference_quality, tokens_per_second
 from ciuic_hf.planning.memory import Footprint, Sizes, footprint, largest
+from ciuic_hf.planning.prefill_chunk import NONE, leanest_run
 from ciuic_hf.presets import card_nbytes, read_preset
 from ciuic_kernels import BlockGrid
 
@@ -38,6 +39,7 @@ class Request:
         count: devices of that memory.
         device: ``"cuda"`` or ``"cpu"``.
         cache_bits: of a CiuicCache, None for transformers' own.
+        prefill_chunk: as ``CiuicConfig`` takes it.
     """
 
     context: int
@@ -49,6 +51,7 @@ class Request:
     sensitivity: Path | None = None
     device: str = "cuda"
     cache_bits: int | None = None
+    prefill_chunk: int | str | None = None
 
 
 def meta_model(source: Source) -> Any:
@@ -92,7 +95,9 @@ class Outlook:
             **(memory or {"bits": request.bits}),
             sensitivity=request.sensitivity,
             cache_bits=request.cache_bits,
+            prefill_chunk=request.prefill_chunk,
         )
+        prefill.check(model, self.config)
         self.choice: Choice = choose(
             model,
             self.config,
@@ -319,7 +324,7 @@ def setups_that_fit(model: Any, request: Request) -> list[str]:
     weights = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
     config = CiuicConfig(bits=request.bits, cache_bits=request.cache_bits)
     choice = uniform_choice(model, config, model.dtype, request.context, request.batch, request.device)
-    assert choice.beside is not None
+    beside = _least_beside(model, request)
     for card in read_preset("cards")["cards"]:
         for count in COUNTS:
             try:
@@ -327,11 +332,22 @@ def setups_that_fit(model: Any, request: Request) -> list[str]:
             except CiuicError:
                 break
             fixed, smallest = fixed_and_smallest(choice, config, places)
-            beside = split_beside(choice.beside, layers_on([t.name for t in choice.targets], places))
-            if all(fixed[d] + smallest[d] + beside[d] <= card_nbytes(card) for d in fixed):
+            taken = split_beside(beside, layers_on([t.name for t in choice.targets], places))
+            if all(fixed[d] + smallest[d] + taken[d] <= card_nbytes(card) for d in fixed):
                 found.append((count * card_nbytes(card), f"{count} x {card}"))
                 break
     return [name for _, name in sorted(found)[:3]]
+
+
+def _least_beside(model: Any, request: Request) -> Footprint:
+    """What the request takes beside the weights, with the leanest pieces of the prompt if they are to be chosen."""
+    text = model.config.get_text_config().to_dict()
+    run = choosing.run_of(model, model.dtype, request.device, request.cache_bits)
+    if isinstance(request.prefill_chunk, int):
+        run = replace(run, prefill_chunk=request.prefill_chunk)
+    elif request.memory is not None and request.prefill_chunk != NONE and prefill.why_whole(model) is None:
+        run = leanest_run(text, request.context, request.batch, run)
+    return footprint(text, request.context, request.batch, run)
 
 
 def smaller_requests(model: Any, request: Request, error: TooSmallError) -> dict[str, int]:
@@ -340,10 +356,10 @@ def smaller_requests(model: Any, request: Request, error: TooSmallError) -> dict
     if error.context:
         ways["context"] = error.context
     if request.batch > 1 and request.count == 1 and request.memory is not None:
-        text = model.config.get_text_config().to_dict()
-        run = choosing.run_of(model, model.dtype, request.device, request.cache_bits)
         room = request.memory - error.weights
-        batch = largest(lambda n: footprint(text, request.context, n, run).total <= room, request.batch - 1)
+        batch = largest(
+            lambda n: _least_beside(model, replace(request, batch=n)).total <= room, request.batch - 1
+        )
         if batch:
             ways["batch"] = batch
     if error.cache_bits:
@@ -366,6 +382,7 @@ def describe(outlook: Outlook) -> dict[str, Any]:
         "context": request.context,
         "batch": request.batch,
         "cache_bits": request.cache_bits,
+        "prefill_chunk": choice.run.prefill_chunk,
         "reference_cache_kl": reference_cache_kl(request.cache_bits),
         "bits": choice.bits,
         "predicted_kl": choice.error,
@@ -396,6 +413,7 @@ def describe(outlook: Outlook) -> dict[str, Any]:
 
 def save(outlook: Outlook, found: Mapping[str, Any], path: Path) -> None:
     """Write the plan, for ``CiuicConfig(plan=...)``."""
-    settings = {key: found[key] for key in ("memory", "context", "batch", "bits", "cache_bits", "device_map")}
+    kept = ("memory", "context", "batch", "bits", "cache_bits", "prefill_chunk", "device_map")
+    settings = {key: found[key] for key in kept}
     plan = outlook.choice.plan(settings)
     replace(plan, budget=found["budget"]).save(path)

@@ -19,13 +19,13 @@ from transformers.utils import logging
 from ciuic_hf.checkpoint import TensorHeader, check_files
 from ciuic_hf.config import ADAPTIVE
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.hf import fp8, saving
+from ciuic_hf.hf import fp8, prefill, saving
 from ciuic_hf.hf.cache import CiuicCache
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import AUTO, METHOD, CiuicConfig
 from ciuic_hf.hf.convert import ENCODERS, streaming_conversions
 from ciuic_hf.hf.destination import current_destination
-from ciuic_hf.hf.devices import device_type, explicit_map, free_nbytes
+from ciuic_hf.hf.devices import check_max_memory, device_type, explicit_map, free_nbytes
 from ciuic_hf.hf.encoder import Encoder, Recipe
 from ciuic_hf.hf.reporting import build_report
 from ciuic_hf.hf.rounding import Rounding
@@ -37,6 +37,7 @@ from ciuic_hf.modules.packed import TAGS, PackedModule
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
 from ciuic_hf.planning.moments import InputMoments
 from ciuic_hf.planning.plan import ModelPlan
+from ciuic_hf.planning.prefill_chunk import NONE
 from ciuic_kernels.dispatch import use_triton
 
 
@@ -67,6 +68,7 @@ class CiuicQuantizer(HfQuantizer):
         self._started = time.perf_counter()
         self._peak: PeakMemory | None = None  # while loading; it holds a lock, which deepcopy refuses
         self._on_gpu_kernels = False
+        self._sized: tuple[int, int] | None = None  # the memory that bits were chosen for, and weights in it
 
     def _process_model_before_weight_loading(
         self,
@@ -85,10 +87,15 @@ class CiuicQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.plan is not None and config.cache_bits is None and not self.pre_quantized:
             config.cache_bits = ModelPlan.load(config.plan).settings.get("cache_bits")
+        if config.plan is not None and config.prefill_chunk is None and not self.pre_quantized:
+            config.prefill_chunk = ModelPlan.load(config.plan).settings.get("prefill_chunk")
         if config.cache_bits is not None:
             CiuicCache(model.config, config.cache_bits)  # refuses a model that has nothing to cache
+        prefill.check(model, config)
         with torch.device("cpu"):  # transformers calls this with meta as the default device
             if self.pre_quantized:
+                if config.prefill_chunk == NONE:
+                    config.prefill_chunk = None
                 check_sizes(config, headers)
                 config.parameters, config.kept = (
                     fit_names(model, d) for d in (config.parameters, config.kept)
@@ -125,10 +132,18 @@ class CiuicQuantizer(HfQuantizer):
             moments.check({target.name: target.shape for target in choice.targets})
             self.rounding = Rounding(moments)
         self.codec_ids = {target.name: target.codec_ids for target in choice.targets}
+        config.prefill_chunk = choice.run.prefill_chunk
+        if isinstance(config.memory, int):
+            self._sized = config.memory, choice.weights_nbytes
         config.parameters = describe(choice.targets)
         config.kept = {k.name: k.reason for k in choice.kept}
         if config.memory is not None or config.plan is not None or config.policy == ADAPTIVE:
             config.bits = choice.bits  # what config.json will say was asked for
+
+    def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
+        if self._sized is not None:
+            check_max_memory(max_memory, *self._sized)
+        return max_memory
 
     def _read_as_stored(self, model: Any) -> None:
         """Have tensors read in the dtype of the file: weights are rounded once, FP8 and its scales not at all."""
@@ -225,6 +240,8 @@ class CiuicQuantizer(HfQuantizer):
         report.seconds = time.perf_counter() - self._started
         report.peak_nbytes, report.peak_of = peak.nbytes, peak.kind
         report.rounded = self.rounding.summary() if self.rounding else None
+        prefill.set_prefill_chunk(model, self.quantization_config)
+        report.prompt = prefill.describe(model, self.quantization_config)
         self.rounding = None
         model.ciuic_report = report
         if logging.is_progress_bar_enabled():

@@ -1,7 +1,9 @@
 """What a model takes beside its weights while it generates, from its config alone.
 
-Sizes are of transformers' own attention and caches, for a prompt of the whole context in one forward pass of
-sequences of one length. The peak is the cache plus whatever is largest at one moment:
+Sizes are of transformers' own attention and caches, for a prompt of the whole context in sequences of one length, in
+one forward pass or in pieces (``prefill_chunk``): then everything but the cache is of one piece, and what attention
+needs of history for it is in :mod:`ciuic_hf.planning.attending`. The peak is the cache plus whatever is largest at
+one moment:
 
 * cache: for each layer and token ``kv_lora_rank + qk_rope_head_dim`` values with multi-head latent attention
   (arXiv 2405.04434, section 2.1), else ``2 * key-value heads * head size``; DeepSeek-V3.2 keeps an indexer key as
@@ -23,12 +25,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.planning.cache_formats import cache_formats, cache_nbytes, cache_nbytes_per_token
-from ciuic_hf.planning.tiles import LatentShape, TiledPass
+from ciuic_hf.planning.attending import BAND_WEIGHTS, Piece, attention_nbytes, mask_nbytes
+from ciuic_hf.planning.cache_formats import cache_nbytes, cache_nbytes_per_token
 
 SLACK = 0.02
 PATHS = ("flash", "math", "eager", "tiled")
@@ -36,7 +38,6 @@ PATHS = ("flash", "math", "eager", "tiled")
 copies queries, keys and values to it; by transformers' eager code, which forms them in the model's dtype and in
 float32 and repeats keys and values for every head; tile by tile on a compressed cache of latents."""
 
-_BAND_WEIGHTS = {"cpu": 4 << 20, "cuda": 32 << 20}  # of ciuic_kernels.ops: weights decoded at a time
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -88,12 +89,22 @@ class Run:
         cache_bits: of a CiuicCache; None for transformers' own.
         device: ``"cuda"`` or ``"cpu"``.
         path: of :data:`PATHS`; None for what sdpa chooses on the device, or what reads a CiuicCache.
+        prefill_chunk: tokens of each sequence that go through the model together; None for the whole prompt.
     """
 
     element_nbytes: int = 2
     cache_bits: int | None = None
     device: str = "cuda"
     path: str | None = None
+    prefill_chunk: int | None = None
+
+    def piece(self, context: int, batch: int) -> Piece:
+        """The piece of a prompt of the whole context that takes most: a full one at its end."""
+        return Piece(min(context, self.prefill_chunk or context), context, batch)
+
+    def reads_tiles(self, sizes: Sizes) -> bool:
+        """Whether a CiuicCache is read without decompressing the whole of it."""
+        return self.cache_bits is not None and self.path_of(sizes) in ("flash", "tiled")
 
     def path_of(self, sizes: Sizes) -> str:
         """The path of attention: CPU kernels without scores need values as wide as keys."""
@@ -118,14 +129,15 @@ def footprint(config: Mapping[str, Any], context: int, batch: int = 1, run: Run 
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CiuicError(f"{name} must be a positive integer, got {value!r}.")
     sizes, run = Sizes(config), run or Run()
-    tokens, element = context * batch, run.element_nbytes
-    cache = element * sizes.cached * sizes.layers * tokens
+    element, piece = run.element_nbytes, run.piece(context, batch)
+    cache = element * sizes.cached * sizes.layers * piece.cached
     if run.cache_bits is not None:
         cache = cache_nbytes(config, run.cache_bits, context, batch, element)
-        cache += element * sizes.index_width * sizes.layers * tokens
-    activations = tokens * sizes.feed_forward_nbytes(element, run.device)
-    attention = sizes.attention_nbytes(run, context, batch)
-    product = tokens * sizes.product_nbytes(element) + sizes.band_nbytes(element, run.device, tokens)
+        cache += element * sizes.index_width * sizes.layers * piece.cached
+    mask, tokens = mask_nbytes(sizes, run, piece), piece.tokens
+    activations = mask + tokens * sizes.feed_forward_nbytes(element, run.device)
+    attention = mask + attention_nbytes(sizes, run, piece)
+    product = mask + tokens * sizes.product_nbytes(element) + sizes.band_nbytes(element, run.device, tokens)
     parts = {
         "cache": cache,
         "activations": activations,
@@ -210,45 +222,6 @@ class Sizes:
         """Of one token, while the second product of a dense part is formed."""
         return 4 * self.hidden * element + 2 * self.dense * element
 
-    def attention_nbytes(self, run: Run, context: int, batch: int) -> int:
-        """While attention of ``context`` tokens to themselves is computed in ``batch`` sequences."""
-        element, path, tokens = run.element_nbytes, run.path_of(self), context * batch
-        queries, outputs = self.heads * self.key_width, self.heads * self.value_width
-        indexer = 4 * context * (self.index_width + self.index_heads)
-        if path == "tiled":
-            return tokens * indexer + self._tiled_nbytes(run, context, batch)
-        if self.latent:
-            alive = 2 * queries + self.heads * self.rotary + self.expanded + 2 * self.cached
-            alive += 0 if path == "eager" else outputs
-        else:
-            alive = (3 if path == "eager" else 4) * queries + 2 * self.shared * self.key_width
-        nbytes = element * (3 * self.hidden + alive)
-        if path == "math":  # scores before and after softmax, and a mark for each that is minus infinity
-            nbytes += 4 * (3 * queries + outputs) + (4 + 4 + 1) * self.heads * context + 4 * context
-        elif path == "eager":  # a CPU converts to float32 before softmax, a GPU while it reads
-            converted = 4 if run.device == "cpu" else element
-            nbytes += (element + 4 + converted) * self.heads * context + element * context
-        return tokens * (nbytes + indexer)
-
-    def _tiled_nbytes(self, run: Run, context: int, batch: int) -> int:
-        """Few tokens take more when absorbed than many that are expanded, and may come in any turn."""
-        element = run.element_nbytes
-        shape = LatentShape(self.latent, self.key_width - self.rotary, self.rotary, self.value_width)
-        alive = 3 * self.hidden + 2 * self.heads * self.key_width + self.heads * self.rotary + 2 * self.cached
-        absorbed = shape.most_absorbed(context)
-        computed = 4 if run.device == "cpu" else element
-        assert run.cache_bits is not None
-        formats, band = cache_formats(run.cache_bits, latent=True), _BAND_WEIGHTS[run.device]
-        made = TiledPass(
-            shape, self.heads, batch, absorbed, element, computed, band, formats.keys.rotates, formats.group
-        )
-        nbytes = batch * absorbed * element * alive + made.absorbed_nbytes()
-        if absorbed < context:
-            weights = self.heads * (shape.nope + shape.value) * self.latent
-            expanding = replace(made, context=context).expanded_nbytes(weights)
-            nbytes = max(nbytes, batch * context * element * alive + expanding)
-        return nbytes
-
     def step_nbytes(self, run: Run, context: int) -> float:
         """What the attention of one decoded token reads and writes at least: cache, and history that MLA expands."""
         element = run.element_nbytes
@@ -260,6 +233,6 @@ class Sizes:
 
     def band_nbytes(self, element: int, device: str, tokens: int) -> int:
         """The weights that a product decodes at a time, and its result for them."""
-        weights = min(_BAND_WEIGHTS[device], self.dense * self.hidden)
+        weights = min(BAND_WEIGHTS[device], self.dense * self.hidden)
         rows = weights // self.hidden
         return element * weights + (element * tokens * rows if weights < self.dense * self.hidden else 0)

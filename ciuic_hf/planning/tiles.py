@@ -1,7 +1,7 @@
 """How attention with latents is computed on a compressed cache, tile by tile, and what that takes.
 
-The sizes that :mod:`ciuic_hf.runtime.cache` goes by. Grouped heads need no formula of their own: a prompt attends to
-its own keys and values as without a cache, and a later step to tiles that take less than the prompt did.
+The sizes that :mod:`ciuic_hf.runtime.cache` goes by. Grouped heads are in :mod:`ciuic_hf.planning.attending`: a prompt
+that goes in at once attends to its own keys and values as without a cache, one in pieces to tiles.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LatentShape:
 
 @dataclass(frozen=True)
 class TiledPass:
-    """Attention of ``context`` new tokens in each of ``batch`` sequences to themselves, through the cache.
+    """Attention of ``queries`` new tokens in each of ``batch`` sequences to ``context``, themselves among them.
 
     Attributes:
         element_nbytes: of the model's dtype.
@@ -54,6 +54,7 @@ class TiledPass:
     shape: LatentShape
     heads: int
     batch: int
+    queries: int
     context: int
     element_nbytes: int
     compute_nbytes: int
@@ -61,7 +62,7 @@ class TiledPass:
     rotates: bool
     group: int
 
-    def _tile(self, width: int) -> int:
+    def tile(self, width: int) -> int:
         """Tokens of a tile whose tokens have ``width`` elements in a sequence."""
         return min(self.context, tile_tokens(TILE // (self.batch * width), self.group))
 
@@ -72,16 +73,16 @@ class TiledPass:
         narrower, both those and float32 ones hidden by the mask.
         """
         of_query = self.batch * self.heads * tokens
-        scores, narrow = of_query * min(self.context, max(1, TILE // of_query)), self.compute_nbytes < 4
+        scores, narrow = of_query * min(self.queries, max(1, TILE // of_query)), self.compute_nbytes < 4
         return scores * max(8 + 2 * self.compute_nbytes, 12 + narrow * self.compute_nbytes), 8 * scores
 
     def expanded_nbytes(self, weights: int) -> int:
         """Beside the queries in the model's dtype, when tiles are expanded by ``kv_b_proj`` of ``weights``."""
-        shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.context
+        shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.queries
         queries = compute * tokens * self.heads * (shape.nope + shape.rope)
         results = tokens * self.heads * shape.value
         width = self.heads * (shape.nope + shape.value)
-        tile = self._tile(width)
+        tile = self.tile(width)
         states = self.batch * tile * width
         scoring, kept = self._scores_nbytes(tile)
         converted = compute if compute != self.element_nbytes else 0
@@ -95,10 +96,10 @@ class TiledPass:
 
     def absorbed_nbytes(self) -> int:
         """The same where ``kv_b_proj`` is absorbed into queries: float32 sums as wide as latents, turned back."""
-        shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.context
+        shape, compute, tokens = self.shape, self.compute_nbytes, self.batch * self.queries
         latents = tokens * self.heads * shape.rank
         queries = compute * tokens * self.heads * (shape.nope + shape.rope)
-        tile = self._tile(2 * (shape.rank + shape.rope))
+        tile = self.tile(2 * (shape.rank + shape.rope))
         decoded = compute * self.batch * tile * (shape.rank + shape.rope)
         turning = (compute + 4 * 4) * latents if self.rotates else 0
         working = (compute + 4) * latents + decoded + self._scores_nbytes(tile)[0]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.planning.attending import Piece, attention_nbytes
 from ciuic_hf.planning.cache_formats import CACHE_BITS, cache_formats, cache_nbytes, cache_nbytes_per_token
 from ciuic_hf.planning.memory import Run, Sizes, footprint, largest_fitting, parse_size
 from ciuic_hf.planning.tiles import LatentShape
@@ -86,9 +87,10 @@ def test_latents_are_not_expanded_as_a_whole(device: str) -> None:
     """Sums of queries in float32 take as much on a GPU; a CPU forms no scores of the whole. Steps expand nothing."""
     plain, tiled = Run(device=device), Run(device=device, cache_bits=4)
     sizes = Sizes(V3)
-    once, twice = (sizes.attention_nbytes(tiled, n, 1) for n in (100_000, 200_000))
+    once, twice = (attention_nbytes(sizes, tiled, Piece(n, n, 1)) for n in (100_000, 200_000))
     assert twice < 2.01 * once
-    assert once <= sizes.attention_nbytes(plain, 100_000, 1) / (1 if device == "cuda" else 100)
+    expanded = attention_nbytes(sizes, plain, Piece(100_000, 100_000, 1))
+    assert once <= expanded / (1 if device == "cuda" else 100)
     read = [sizes.step_nbytes(run, 100_000) for run in (plain, tiled)]
     assert read[1] == pytest.approx(cache_nbytes_per_token(V3, 4) * 100_000) and read[1] < read[0] / 100
 

@@ -1,0 +1,134 @@
+"""Prompts in pieces: which models take them, and ``generate`` doing it.
+
+transformers feeds a prompt in pieces of ``generation_config.prefill_chunk_size``. That is set on a model that Ciuic
+loads with ``prefill_chunk``; and ``GenerationMixin._prefill`` is wrapped then, for what transformers refuses or leaves
+out: a call without a cache and one with images or sound go in at once, and embeddings go in in pieces too.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import wraps
+from typing import Any
+
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf.config import CiuicConfig
+from ciuic_hf.planning.prefill_chunk import AUTO
+
+CACHE = "past_key_values"
+_CUTS = {"full_attention", "sliding_attention", "indexed_attention"}  # layers that go on from what is cached
+
+
+def why_whole(model: Any) -> str | None:
+    """Why prompts of this model cannot go in in pieces, None when they can."""
+    kind = model.config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
+        return f"{kind} is an encoder-decoder"
+    if not hasattr(model, "generate") or not model.can_generate():
+        return f"{type(model).__name__} does not generate"
+    if not model._supports_default_dynamic_cache():
+        return f"{kind} keeps a state of its own instead of a cache"
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return f"{kind} takes more than text, which cannot be cut"
+    try:
+        names = get_layer_types_and_kwargs(model.config)[0]
+    except (AttributeError, KeyError) as error:
+        return f"no cache of transformers describes the layers of {kind} ({error})"
+    odd = sorted(set(names) - _CUTS)
+    return f"{kind} has layers of type {odd[0]}" if odd else None
+
+
+def check(model: Any, config: CiuicConfig) -> None:
+    """Raise CiuicError for a size of pieces where the model takes none."""
+    reason = why_whole(model) if isinstance(config.prefill_chunk, int) else None
+    if reason is not None:
+        raise CiuicError(f"prefill_chunk={config.prefill_chunk} cannot be done: {reason}; leave it out.")
+
+
+def describe(model: Any, config: CiuicConfig) -> str:
+    """One sentence on how prompts go in where it was chosen or given, else nothing."""
+    if config.prefill_chunk is not None:
+        return f"Prompts go in in pieces of {config.prefill_chunk} tokens (generation_config.prefill_chunk_size)."
+    reason = why_whole(model) if config.memory is not None else None
+    return f"Prompts go in at once: {reason}." if reason else ""
+
+
+def is_automatic(model: Any, config: CiuicConfig) -> bool:
+    """Whether the size of pieces is to be chosen for a memory."""
+    wanted = config.prefill_chunk == AUTO or (config.prefill_chunk is None and config.memory is not None)
+    return wanted and why_whole(model) is None
+
+
+def set_prefill_chunk(model: Any, config: CiuicConfig) -> None:
+    """Have ``generate`` cut prompts as the config says, unless the user's generation config says otherwise."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    if generation.prefill_chunk_size in (None, config.replaced_prefill_chunk):
+        generation.prefill_chunk_size = config.prefill_chunk
+    if config.prefill_chunk is not None:
+        install()
+
+
+def install() -> None:
+    """Wrap ``_prefill``, once. Models without a ``prefill_chunk`` of Ciuic's run as before."""
+    from transformers.generation.utils import GenerationMixin
+
+    original = GenerationMixin._prefill
+    if getattr(original, "wrapped_by_ciuic", False):
+        return
+
+    @wraps(original)
+    def prefill(
+        self: Any,
+        input_ids: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        chunk = generation_config.prefill_chunk_size
+        if chunk is not None and chunk == _chunk_of(self):
+            embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+            cache = model_kwargs.get(CACHE)
+            if cache is None or embeds is not None or _is_short(input_ids, chunk, cache, model_kwargs):
+                generation_config = copy.copy(generation_config)
+                generation_config.prefill_chunk_size = None
+            if cache is not None and embeds is not None:
+                _feed(self, embeds, chunk, model_kwargs)
+        return original(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    prefill.wrapped_by_ciuic = True  # type: ignore[attr-defined]
+    GenerationMixin._prefill = prefill
+
+
+def _chunk_of(model: Any) -> int | None:
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    chunk = config.prefill_chunk if isinstance(config, CiuicConfig) else None
+    return chunk if isinstance(chunk, int) else None
+
+
+def _is_short(input_ids: Any, chunk: int, cache: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether what is new is one piece."""
+    new, mask = input_ids.shape[1], model_kwargs.get("attention_mask")
+    if mask is not None and mask.shape[1] == new:
+        new -= cache.get_seq_length()
+    return bool(new <= chunk)
+
+
+def _feed(model: Any, embeds: Any, chunk: int, model_kwargs: dict[str, Any]) -> None:
+    """Put all pieces of embeddings ``[B, length, hidden]`` but the last into the cache."""
+    cache, length = model_kwargs[CACHE], embeds.shape[1]
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    for start in range(cache.get_seq_length(), length - chunk, chunk):
+        stop = start + chunk
+        model(
+            inputs_embeds=embeds[:, start:stop],
+            attention_mask=None if mask is None else mask[:, :stop],
+            position_ids=None if positions is None else positions[..., start:stop],
+            past_key_values=cache,
+            use_cache=True,
+            **logits,
+        )
