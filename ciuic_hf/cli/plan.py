@@ -24,7 +24,11 @@ def add_command(commands: Any) -> None:
     command.add_argument("--bits", type=float, help="instead of a memory: bits per weight")
     command.add_argument("--context", type=int, help="tokens of a sequence (default 8192)")
     command.add_argument("--batch", type=int, default=1, help="sequences at once (default 1)")
-    command.add_argument("--cache-bits", type=int, choices=(8, 4, 3, 2), help="compress the cache")
+    command.add_argument(
+        "--cache-bits",
+        choices=("8", "4", "3", "2", "auto"),
+        help="compress the cache; auto: as far as a memory needs",
+    )
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind (default cuda)")
     command.add_argument("--sensitivity", type=Path, help="file of `ciuic calibrate`")
     command.add_argument("--save", type=Path, help="write the plan, for CiuicConfig(plan=...)")
@@ -36,6 +40,7 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from ciuic_hf.cli.plan_screen import show
     from ciuic_hf.hf import planner
+    from ciuic_hf.hf.cache_choice import choose_cache
     from ciuic_hf.hf.placing import TooSmallError
     from ciuic_hf.hf.source import open_source
 
@@ -46,15 +51,19 @@ def run(arguments: argparse.Namespace) -> None:
     request = _request(arguments)
     source = open_source(arguments.source, arguments.revision)
     model = planner.meta_model(source)
+    told = None
     try:
-        outlook = planner.Outlook(source, model, request)
+        if arguments.cache_bits == "auto":
+            outlook, told = choose_cache(source, model, request)
+        else:
+            outlook = planner.Outlook(source, model, request)
     except TooSmallError as error:
         ways = planner.smaller_requests(model, request, error)
         setups = planner.setups_that_fit(model, request)
         if arguments.json:
             print(json.dumps({"fits": False, "needed": error.needed, **ways, "setups": setups}, indent=2))
         raise CiuicError(_refusal(error, ways, setups)) from None
-    found = planner.describe(outlook)
+    found = planner.describe(outlook) | {"cache_choice": told}
     if arguments.save:
         planner.save(outlook, found, arguments.save)
     if arguments.json:
@@ -90,7 +99,7 @@ def _request(arguments: argparse.Namespace) -> Any:
         4.25 if arguments.bits is None else arguments.bits,
         arguments.sensitivity,
         arguments.device,
-        arguments.cache_bits,
+        int(arguments.cache_bits) if arguments.cache_bits not in (None, "auto") else None,
     )
 
 

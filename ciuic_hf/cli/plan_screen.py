@@ -27,6 +27,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     line(console, _quality(found))
     line(console, _speed(found))
     line(console, _limits(found))
+    if found.get("cache_choice"):
+        line(console, found["cache_choice"])
     if found["device_map"] is not None:
         line(console, _split(found))
     _alternatives(found, console)
