@@ -92,7 +92,7 @@ class TrainingOutlook:
         }
 
     def alternatives(self) -> list[dict[str, Any]]:
-        """One change at a time, and the strongest two together."""
+        """One change at a time; recomputing and packing together where that is less than recomputing."""
         recipe, request = self.recipe, self.request
         rows = [self.row("this plan")]
         for bits in (8, 4):
@@ -103,7 +103,9 @@ class TrainingOutlook:
             rows.append(self.row("--checkpointing", recomputing))
         if (request.activation_bits or 16) > 8:
             packed = replace(recomputing, activation_bits=8)
-            rows.append(self.row("--checkpointing --activation-bits 8", packed))
+            row = self.row("--checkpointing --activation-bits 8", packed)
+            if row["nbytes"] < rows[-1]["nbytes"]:  # packed log-probabilities are unpacked beside themselves
+                rows.append(row)
         for bits in (request.bits - 1, request.bits + 1):
             if self.weights.exists(bits):
                 rows.append(self.row(f"--bits {bits:g}", bits=bits - request.bits + self.weights.choice.bits))
