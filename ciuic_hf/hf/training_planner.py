@@ -106,9 +106,10 @@ class TrainingOutlook:
             row = self.row("--checkpointing --activation-bits 8", packed)
             if row["nbytes"] < rows[-1]["nbytes"]:  # packed log-probabilities are unpacked beside themselves
                 rows.append(row)
-        for bits in (request.bits - 1, request.bits + 1):
-            if self.weights.exists(bits):
-                rows.append(self.row(f"--bits {bits:g}", bits=bits - request.bits + self.weights.choice.bits))
+        for step in (-1, 1):
+            bits_then = self.weights.choice.bits + step
+            if self.weights.exists(bits_then):
+                rows.append(self.row(f"--bits {request.bits + step:g}", bits=bits_then))
         return rows
 
     def describe(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Layout:
             )
         hidden, heads = sizes.hidden, sizes.heads
         queries, outputs = heads * sizes.key_width, heads * sizes.value_width
-        attention = {}
+        attention: dict[str, tuple[int, int]] = {}
         if sizes.latent:
             rank = int(config.get("q_lora_rank") or 0)
             if rank:
@@ -64,7 +64,7 @@ class Layout:
         mlp = dict.fromkeys(_MLP[:2], (sizes.dense, hidden)) | {"down_proj": (hidden, sizes.dense)}
         count = int(config.get("n_routed_experts") or 0) if sizes.routed else 0
         dense = min(sizes.layers, int(config.get("first_k_dense_replace") or 0)) if count else sizes.layers
-        experts = {}
+        experts: dict[str, tuple[int, int, int]] = {}
         if count:
             experts = {
                 GATE_UP: (count, 2 * sizes.expert, hidden),
