@@ -9,7 +9,8 @@ The peak is what is held throughout (adapters, gradients, optimizer state) plus 
 * step: one copy of the adapters that AdamW makes on a GPU, when activations are gone.
 
 Gradients count throughout, as they do when several batches are accumulated. No autocast, no padding, loss by
-transformers over all logits. What is saved: :mod:`ciuic_hf.planning.saved`.
+transformers over all logits. What is saved: :mod:`ciuic_hf.planning.saved`, counted exactly; the moments on top of it
+follow from reading torch and were not measured.
 """
 
 from __future__ import annotations
