@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ciuic_hf.cli import plan_training
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.presets import card_named, card_nbytes
 
@@ -21,35 +22,49 @@ def add_command(commands: Any) -> None:
     command.add_argument("--memory", help='instead of --gpu: a size such as "22GiB"')
     command.add_argument("--count", type=int, default=1, help="cards, or devices of that size (default 1)")
     command.add_argument("--bits", type=float, help="instead of a memory: bits per weight")
-    command.add_argument("--context", type=int, default=8192, help="tokens of a sequence (default 8192)")
+    command.add_argument("--context", type=int, help="tokens of a sequence (default 8192)")
     command.add_argument("--batch", type=int, default=1, help="sequences at once (default 1)")
-    command.add_argument("--cache-bits", type=int, choices=(8, 4, 3, 2), help="compress the cache")
+    command.add_argument(
+        "--cache-bits",
+        choices=("8", "4", "3", "2", "auto"),
+        help="compress the cache; auto: as far as a memory needs",
+    )
     command.add_argument("--prefill-chunk", help="tokens of a prompt at once: N, auto (with a memory), none")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind (default cuda)")
     command.add_argument("--sensitivity", type=Path, help="file of `ciuic calibrate`")
     command.add_argument("--save", type=Path, help="write the plan, for CiuicConfig(plan=...)")
     command.add_argument("--json", action="store_true", help="print JSON")
+    plan_training.add_options(command)
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from ciuic_hf.cli.plan_screen import show
     from ciuic_hf.hf import planner
+    from ciuic_hf.hf.cache_choice import choose_cache
     from ciuic_hf.hf.placing import TooSmallError
     from ciuic_hf.hf.source import open_source
 
+    if arguments.train:
+        plan_training.run(arguments)
+        return
+    plan_training.refuse_without_train(arguments)
     request = _request(arguments)
     source = open_source(arguments.source, arguments.revision)
     model = planner.meta_model(source)
+    told = None
     try:
-        outlook = planner.Outlook(source, model, request)
+        if arguments.cache_bits == "auto":
+            outlook, told = choose_cache(source, model, request)
+        else:
+            outlook = planner.Outlook(source, model, request)
     except TooSmallError as error:
         ways = planner.smaller_requests(model, request, error)
         setups = planner.setups_that_fit(model, request)
         if arguments.json:
             print(json.dumps({"fits": False, "needed": error.needed, **ways, "setups": setups}, indent=2))
         raise CiuicError(_refusal(error, ways, setups)) from None
-    found = planner.describe(outlook)
+    found = planner.describe(outlook) | {"cache_choice": told}
     if arguments.save:
         planner.save(outlook, found, arguments.save)
     if arguments.json:
@@ -77,7 +92,7 @@ def _request(arguments: argparse.Namespace) -> Any:
     card = card_named(arguments.gpu) if arguments.gpu else None
     memory = card_nbytes(card) if card else parse_size(arguments.memory) if arguments.memory else None
     return Request(
-        arguments.context,
+        8192 if arguments.context is None else arguments.context,
         arguments.batch,
         memory,
         card,
@@ -85,7 +100,7 @@ def _request(arguments: argparse.Namespace) -> Any:
         4.25 if arguments.bits is None else arguments.bits,
         arguments.sensitivity,
         arguments.device,
-        arguments.cache_bits,
+        int(arguments.cache_bits) if arguments.cache_bits not in (None, "auto") else None,
         prefill_chunk(arguments.prefill_chunk),
     )
 

@@ -19,20 +19,23 @@ _BAR = 96
 
 def show(found: dict[str, Any], console: Console) -> None:
     """Print a plan as :func:`ciuic_hf.hf.planner.describe` has it."""
-    _line(console, _headline(found))
+    line(console, _headline(found))
     if found["files"] is not None:
-        _line(console, _files(found["files"]))
-    _bar(found, console)
+        line(console, _files(found["files"]))
+    bar(found, console)
     _roles(found, console)
-    _line(console, _quality(found))
-    _line(console, _speed(found))
-    _line(console, _limits(found))
+    line(console, _quality(found))
+    line(console, _speed(found))
+    line(console, _limits(found))
+    if found.get("cache_choice"):
+        line(console, found["cache_choice"])
     if found["device_map"] is not None:
-        _line(console, _split(found))
+        line(console, _split(found))
     _alternatives(found, console)
 
 
-def _line(console: Console, text: str) -> None:
+def line(console: Console, text: str) -> None:
+    """Print text as it is."""
     console.print(text, highlight=False, markup=False)
 
 
@@ -55,18 +58,19 @@ def _files(files: dict[str, Any]) -> str:
     return f"Weights as published: {human_bytes(files['nbytes'])} in {number} ({dtypes}){absent}."
 
 
-def _bar(found: dict[str, Any], console: Console) -> None:
-    bar, legend, width = Text(), Table.grid(padding=(0, 2)), min(_BAR, console.width)
+def bar(found: dict[str, Any], console: Console) -> None:
+    """Print ``found["budget"]`` as a bar with a legend, of ``memory`` where that is more."""
+    filled, legend, width = Text(), Table.grid(padding=(0, 2)), min(_BAR, console.width)
     whole = max(found["nbytes"], found["memory"] or 0)
     cells: list[Any] = []
     shown = {purpose: nbytes for purpose, nbytes in found["budget"].items() if nbytes}
     for colour, (purpose, nbytes) in zip(_COLOURS, shown.items(), strict=False):
-        bar.append("█" * round(width * nbytes / whole), style=colour)
+        filled.append("█" * round(width * nbytes / whole), style=colour)
         cells += [Text("█ " + purpose, style=colour), Text(human_bytes(nbytes), justify="right")]
-    bar.append("░" * max(0, width - len(bar)))
+    filled.append("░" * max(0, width - len(filled)))
     for start in range(0, len(cells), 6):
         legend.add_row(*cells[start : start + 6])
-    console.print(bar[:width], legend)
+    console.print(filled[:width], legend)
 
 
 def _roles(found: dict[str, Any], console: Console) -> None:

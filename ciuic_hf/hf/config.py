@@ -154,7 +154,7 @@ class CiuicConfig(QuantizationConfigMixin):
         self.prefill_chunk = None if prefill_chunk is None else check_prefill_chunk(prefill_chunk)
         if self.prefill_chunk == AUTO_CHUNK and memory is None:
             raise CiuicError('prefill_chunk="auto" is chosen for a memory; give one, or a number of tokens.')
-        self.replaced_prefill_chunk: int | None = None  # of the file, where another is given for a load
+        self.replaced_prefill_chunk: int | str | None = None  # of the file, where another is given for a load
         self.parameters = {name: dict(entry) for name, entry in (parameters or {}).items()}
         self.kept = dict(kept or {})
         self.source_quantization: dict[str, Any] | None = None

@@ -23,7 +23,7 @@ AUTO, NONE = "auto", "none"
 def check_prefill_chunk(value: object) -> int | str:
     """Tokens, ``"auto"`` or ``"none"``. Raises CiuicError."""
     if value in (AUTO, NONE) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value  # type: ignore[return-value]
+        return value
     raise CiuicError(f'prefill_chunk must be a positive number of tokens, "auto" or "none", got {value!r}.')
 
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.runtime.saved import Geometry, executing_layer, is_weight
-from ciuic_hf.runtime.stochastic import BITS, PackedGroups, pack, unpack
+from ciuic_hf.runtime.stochastic import BITS, PackedGroups, pack, packed_nbytes, unpack
 
 # Values that share a step and a low, four bytes: 8.25, 4.25 and 2.5 bits in all.
 GROUPS = {8: 128, 4: 128, 2: 64}
@@ -34,6 +34,11 @@ _AT_EIGHT_BITS = frozenset(
         Tensor.log_softmax,
     }
 )
+
+
+def activation_nbytes(numel: int, bits: int) -> int:
+    """What ``numel`` saved values take when they are packed."""
+    return packed_nbytes(numel, bits, GROUPS[bits], signed=False)
 
 
 def compress_activations(
