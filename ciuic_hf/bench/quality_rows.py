@@ -35,6 +35,8 @@ TITLES = {
     "demo": "the demo's DeepSeek-V3 4 M, held-out verses",
 }
 DENSE, OURS, YARDSTICK = "bf16", "Ciuic", "NF4"
+UNTOUCHED = "*"
+"""Ends the names of Ciuic's rows in which embeddings and lm_head are untouched."""
 _WINDOWS = {"smollm2": 512, "dithered": 512, "demo": 256}
 _PATHS: dict[str, Callable[[Path], Path]] = {
     "smollm2": lambda cache: materialize(cache / "smollm2"),
@@ -117,7 +119,7 @@ def measure_quality(wanted: Comparison) -> list[QualityRow]:
         replace_weights(dense, peer, original)
         rows.append(_row(peer.family, peer.name, peer.bits, dense, reference))
     del dense, original
-    tables = ", tables untouched" if wanted.raw_tables else ""
+    tables = UNTOUCHED if wanted.raw_tables else ""
     modules = {"embeddings": RAW, "lm_head": RAW} if wanted.raw_tables else {}
     labels = {f"{OURS} {b:g}, {p}{tables}": (b, p) for b in wanted.bits for p in wanted.policies}
     labels = {label: what for label, what in labels.items() if wanted.wants(label)}
@@ -189,7 +191,7 @@ def table(rows: Sequence[QualityRow], model: str) -> Table:
     shown = Table(
         title=f"{TITLES[model]}, {dense.tokens} tokens",
         caption="vs NF4: KL. top-1: same as bf16. lost: of the next tokens that bf16 gets right, "
-        f"{100 * dense.accuracy:.1f} %",
+        f"{100 * dense.accuracy:.1f} %. {UNTOUCHED}: embeddings and lm_head untouched, as for the others; else 8 bits",
         caption_justify="left",
         box=box.ROUNDED,
     )
