@@ -83,15 +83,20 @@ def factor_of(rows: Tensor) -> Tensor:
 
 def moments_of(factor: Tensor) -> Tensor:
     """H, float32 ``[K, K]``, from what :func:`factor_of` returned."""
-    if factor.dim() == 2:
-        rows = factor.float()
-    else:
-        width = _width(factor.shape)
-        rows, end = torch.zeros(width, width), 0
-        for i in range(width):
-            rows[i, i:] = factor[end : end + width - i]
-            end += width - i
+    rows = _rows(factor)
     return rows.T @ rows
+
+
+def _rows(factor: Tensor) -> Tensor:
+    """F, float32 ``[R, K]``, from what :func:`factor_of` returned."""
+    if factor.dim() == 2:
+        return factor.float()
+    width = _width(factor.shape)
+    rows, end = torch.zeros(width, width), 0
+    for i in range(width):
+        rows[i, i:] = factor[end : end + width - i]
+        end += width - i
+    return rows
 
 
 def _width(shape: torch.Size | list[int]) -> int:
@@ -141,6 +146,11 @@ class InputMoments:
                 f"{self.path} was made with another model: it knows none of this one's weights, such as "
                 f"{next(iter(shapes), 'any')}; run `ciuic calibrate` on this model."
             )
+
+    def factor(self, name: str, index: int) -> Tensor:
+        """F, float32 ``[R, K]``, of the inputs of a matrix of which something is known."""
+        with safe_open(self.path, framework="pt") as file:
+            return _rows(file.get_tensor(f"{PREFIX}{self._key(name, index)}"))
 
     def share(self, name: str, index: int) -> Tensor | None:
         """:func:`shares_of` the inputs of matrix ``index`` of a parameter; None where nothing is known of it."""
