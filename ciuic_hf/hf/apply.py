@@ -18,6 +18,7 @@ from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.quantizer import CiuicQuantizer, leave_bias, tie_tags
 from ciuic_hf.hf.reporting import build_report
+from ciuic_hf.hf.rounding import Rounding
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.apply import (
     Outcome,
@@ -28,6 +29,7 @@ from ciuic_hf.modules.apply import (
 )
 from ciuic_hf.modules.reporting import report_of
 from ciuic_hf.modules.targets import Kept, Target
+from ciuic_hf.planning.moments import InputMoments
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -58,9 +60,14 @@ def apply_ciuic_compression(
     is_transformers = _is_pretrained(model)
     if not is_transformers:
         _refuse_files(config)
-    choose = partial(_choose_for_transformers if is_transformers else _choose_for_any, model, config)
+    rounding = Rounding(InputMoments(config.calibration)) if config.calibration is not None else None
     with measured:
-        outcome = compress_in_place(model, choose)
+        if rounding is not None:
+            choose = partial(_choose_calibrated, model, config, rounding.moments)
+            outcome = compress_in_place(model, choose, rounding.encode_parameter)
+        else:
+            choose = partial(_choose_for_transformers if is_transformers else _choose_for_any, model, config)
+            outcome = compress_in_place(model, choose)
     if is_transformers:
         stored = _attach(model, config, outcome)
         report = build_report(model, stored, outcome.errors)
@@ -73,6 +80,7 @@ def apply_ciuic_compression(
         report = report_of(model, roles, reasons, tied, type(model).__name__, outcome.errors)
     report.did, report.seconds = "Compressed", time.perf_counter() - started
     report.peak_nbytes, report.peak_of = measured.nbytes, measured.kind
+    report.rounded = rounding.summary() if rounding is not None else None
     model.ciuic_report = report  # type: ignore[assignment]
     return model
 
@@ -82,13 +90,11 @@ def _as_config(given: Mapping[str, Setting] | CiuicConfig | None, bits: float | 
         return CiuicConfig(bits=CompressionIntent.bits if bits is None else bits, modules=given)
     if bits is not None:
         raise CiuicError(f"bits are in the CiuicConfig already ({given.bits}); give them once.")
-    if given.calibration is not None:
-        raise CiuicError("calibration works while a model loads; pass the CiuicConfig to from_pretrained.")
     return copy.deepcopy(given)  # one CiuicConfig can serve many models
 
 
 def _refuse_files(config: CiuicConfig) -> None:
-    for option in ("memory", "plan", "sensitivity"):
+    for option in ("memory", "plan", "sensitivity", "calibration"):
         if getattr(config, option) is not None:
             raise CiuicError(
                 f"{option} is for models of transformers, whose config says what they are; give bits."
@@ -116,6 +122,15 @@ def _choose_for_transformers(
     if config.memory is not None or config.plan is not None or config.policy == ADAPTIVE:
         config.bits = choice.bits  # what config.json will say was asked for
     return choice.targets, choice.kept
+
+
+def _choose_calibrated(
+    model: Any, config: CiuicConfig, moments: InputMoments, ties: Mapping[str, str]
+) -> tuple[list[Target], list[Kept]]:
+    """As from_pretrained does with a calibration."""
+    targets, kept = _choose_for_transformers(model, config, ties)
+    moments.check({target.name: target.shape for target in targets})
+    return targets, kept
 
 
 def _is_pretrained(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from ciuic_hf.modules.allocation import TABLES, Place, Survey, adapt_targets, al
 from ciuic_hf.modules.targets import Kept, Target, find_targets
 from ciuic_hf.planning.cache_formats import CACHE_BITS
 from ciuic_hf.planning.memory import Footprint, Run, footprint, largest_fitting
+from ciuic_hf.planning.moments import InputMoments
 from ciuic_hf.planning.plan import ModelPlan
 from ciuic_hf.planning.prefill_chunk import fastest_run, leanest_run
 from ciuic_hf.planning.rate_distortion import MENU
@@ -126,6 +127,8 @@ def choose(
         return choice
     file = config.sensitivity or config.calibration
     measured = Sensitivity.load(file) if file else None
+    if measured is not None and config.calibration is not None:
+        measured = measured.rounded(InputMoments(config.calibration))
     rooms, place = None, place_of(device_map or {"": ""})
     if config.memory is not None:
         text = model.config.get_text_config().to_dict()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import fp8
-from ciuic_hf.hf.rounding import Rounding
+from ciuic_hf.hf.rounding import Feedback, Rounding
 from ciuic_hf.memory import release_freed_memory
 from ciuic_hf.modules.packed import TAGS
 from ciuic_kernels import BlockGrid, PackedTensor
@@ -65,7 +65,7 @@ class Encoder:
             start += weight.shape[0]
 
     def _encode(
-        self, index: int, start: int, weight: Tensor, scale: Tensor | None, feedback: Tensor | None
+        self, index: int, start: int, weight: Tensor, scale: Tensor | None, feedback: Feedback | None
     ) -> None:
         try:
             for first, rows in self._float_rows(weight, scale, whole=feedback is not None):
@@ -78,7 +78,7 @@ class Encoder:
         except ValueError as error:
             raise CiuicError(f"{self.name}: {error}") from None
 
-    def _store(self, index: int, first: int, rows: Tensor, feedback: Tensor | None) -> None:
+    def _store(self, index: int, first: int, rows: Tensor, feedback: Feedback | None) -> None:
         """Encode rows of matrix ``index`` to their place, which begins at row ``first``. Raises ValueError."""
         if self._packed is None:
             self._packed, self._offsets = allocate(self.codec_ids, self.grid, rows.device)
@@ -90,7 +90,7 @@ class Encoder:
         offsets: Tensor,
         index: int,
         rows: Tensor,
-        feedback: Tensor | None,
+        feedback: Feedback | None,
         first: int = 0,
     ) -> None:
         if self.rounding is None or feedback is None:

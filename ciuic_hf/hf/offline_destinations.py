@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ciuic_hf.hf.destination import Destination, Stack
 from ciuic_hf.hf.encoder import Encoder, Recipe
+from ciuic_hf.hf.rounding import Feedback
 from ciuic_hf.journal import Journal
 from ciuic_hf.memory import release_freed_memory
 from ciuic_hf.modules.packed import TAGS
@@ -88,7 +89,7 @@ class RehearsedEncoder(Encoder):
     """Checks shapes, dtypes and grids of scales, and encodes nothing."""
 
     def _encode(
-        self, index: int, start: int, weight: Tensor, scale: Tensor | None, feedback: Tensor | None
+        self, index: int, start: int, weight: Tensor, scale: Tensor | None, feedback: Feedback | None
     ) -> None:
         self._float_rows(weight, scale, whole=False)
 
@@ -195,12 +196,12 @@ class StreamedEncoder(Encoder):
         self._offsets = planned_offsets(self.codec_ids, self.grid)
         self._tags = torch.empty(self.grid.tags_shape, dtype=torch.uint8)
 
-    def _store(self, index: int, first: int, rows: Tensor, feedback: Tensor | None) -> None:
+    def _store(self, index: int, first: int, rows: Tensor, feedback: Feedback | None) -> None:
         step = max(1, PIECE_WEIGHTS // (self.grid.cols * BLOCK_ROWS)) * BLOCK_ROWS
         for start in range(0, rows.shape[0], step):
             self._store_piece(index, first + start, rows[start : start + step], feedback)
 
-    def _store_piece(self, index: int, first: int, rows: Tensor, feedback: Tensor | None) -> None:
+    def _store_piece(self, index: int, first: int, rows: Tensor, feedback: Feedback | None) -> None:
         grid, strip = self.grid, first // BLOCK_ROWS
         strips = slice(strip, strip + ceil_div(rows.shape[0], BLOCK_ROWS))
         ids = self.codec_ids if self.codec_ids.dim() == 2 else self.codec_ids[index]

@@ -27,26 +27,13 @@ from torch.nn.functional import cross_entropy, linear, pad
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.decoder_layers import decoder_layers, in_memory, layer_by_layer
 from ciuic_hf.modules.experts import EXPERT_PARAMETERS, is_fused_experts, unsupported_reason
-from ciuic_hf.planning.moments import factor_of
+from ciuic_hf.planning.moments import Moments
 from ciuic_hf.planning.sensitivity import Sensitivity
 from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, ceil_div
 
 SEQUENCE = 128  # tokens that see each other
 FLOOR = 0.01  # of a parameter's mean: what a block counts at least, so that no expert that met no token is given up
 FEWEST_TOKENS = 32  # that an expert must have met before its rounding follows them
-
-
-@dataclass
-class Moments:
-    """Second moments of inputs, as factors (:mod:`ciuic_hf.planning.moments`).
-
-    Attributes:
-        factors: input -> factor; an input has the name of the first parameter that met it.
-        inputs: parameter, or ``parameter/expert``, -> input.
-    """
-
-    factors: dict[str, Tensor] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def block_sums(values: Tensor, size: int) -> Tensor:
@@ -157,7 +144,7 @@ class _Energy:
         if not bool(rows.isfinite().all()):
             raise CiuicError(f"The inputs of {name} are not finite; load the model in float32 or bfloat16.")
         assert self.moments is not None
-        self.moments.factors[name] = factor_of(rows)
+        self.moments.keep(name, rows)
         self.moments.inputs |= dict.fromkeys(found.readers, name)
 
 

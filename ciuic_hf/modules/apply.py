@@ -46,11 +46,22 @@ Choose = Callable[[Mapping[str, str]], tuple[list[Target], list[Kept]]]
 """Given the ties (name -> first name of the same parameter): what becomes of each weight."""
 
 
-def compress_in_place(model: nn.Module, choose: Choose) -> Outcome:
+Encode = Callable[[str, Tensor, Tensor], PackedTensor]
+"""Given name, weight and codec ids ``[..., strips, kblocks]`` of a parameter: the same, encoded."""
+
+
+def _encode_nearest(_name: str, weight: Tensor, codec_ids: Tensor) -> PackedTensor:
+    return encode_tensor(weight, codec_ids)
+
+
+def compress_in_place(model: nn.Module, choose: Choose, encode: Encode = _encode_nearest) -> Outcome:
     """Compress a model that is in memory: above it, only one parameter is held twice.
 
     Everything is checked before the first weight changes. Tied weights stay tied. Compressed weights get no
     gradient, in training mode either.
+
+    Args:
+        encode: how weights are rounded; to the nearest by default.
 
     Raises:
         CiuicError: for a model that is compressed already, quantized in another way, offloaded, has adapters, or
@@ -72,7 +83,7 @@ def compress_in_place(model: nn.Module, choose: Choose) -> Outcome:
         by_module.setdefault(target.module_name, []).append(target)
     errors: dict[str, float] = {}
     for name, group in by_module.items():
-        errors |= _compress_module(model, name, group, ties)
+        errors |= _compress_module(model, name, group, ties, encode)
     return Outcome(targets, kept, errors)
 
 
@@ -105,7 +116,7 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _compress_module(
-    model: nn.Module, name: str, targets: list[Target], ties: Mapping[str, str]
+    model: nn.Module, name: str, targets: list[Target], ties: Mapping[str, str], encode: Encode
 ) -> dict[str, float]:
     """Compress the parameters of one module; returns the errors of those that lost weights."""
     module = model.get_submodule(name)
@@ -123,7 +134,7 @@ def _compress_module(
             _share(packed_module, target.parameter, model, ties[target.name])
             continue
         ids = target.codec_ids.expand(*weight.shape[:-2], *target.codec_ids.shape[-2:])
-        packed_module.set_packed(target.parameter, encode_tensor(weight, ids))
+        packed_module.set_packed(target.parameter, encode(target.name, weight, ids))
         if any(isinstance(codec_by_id(i), SparseCodec | ZeroCodec) for i in ids.unique().tolist()):
             errors[target.name] = _relative_error(packed_module.packed(target.parameter), weight)
         if weight.device.type == "cpu" and weight.numel() > _TRIM_WEIGHTS:

@@ -4,6 +4,10 @@ Of an input x with K features, ``H = E[s x x^T]`` over tokens, where s, the squa
 much the token matters there. H is kept as a factor F with ``H = F^T F``, so that rounding it to bfloat16 leaves it
 without negative eigenvalues: the inputs themselves, ``[T, K]`` times ``sqrt(s / T)``, or where it is smaller the upper
 triangle of H's Cholesky factor, row by row in one dimension.
+
+Beside it is kept what rounding leaves of the error, by block of columns. An error in column j costs ``H_jj``; passed on
+to later columns it costs ``1 / U_jj^2``, ``H^-1 = U^T U`` (:mod:`ciuic_kernels.rounding`). Which block deserves bits is
+a question of the latter.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,14 +23,46 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ciuic_hf.errors import CiuicError
-from ciuic_kernels.rounding import feedback_of
+from ciuic_kernels.format import BLOCK_COLS
+from ciuic_kernels.rounding import DAMPING, feedback_of
 
-PREFIX = "moments/"
+PREFIX, SHARES = "moments/", "shares/"
 INPUTS = "ciuic-moments"  # in the metadata: parameter, or parameter/expert, -> tensor
 _REMEMBERED = (
     2  # k, o, q, v and down, gate, up: sorted by name, another input comes between those that share one
 )
 _JITTER = 1e-8  # of the mean of the diagonal; what bfloat16 does to the factor is more
+
+
+@dataclass
+class Moments:
+    """Second moments of inputs.
+
+    Attributes:
+        factors: input -> factor; an input has the name of the first parameter that met it.
+        shares: input -> :func:`shares_of` its moments.
+        inputs: parameter, or ``parameter/expert``, -> input.
+    """
+
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    def keep(self, name: str, rows: Tensor) -> None:
+        """Store the moments of an input, float32 ``[T, K]``, finite and not all zero."""
+        self.factors[name] = factor_of(rows)
+        self.shares[name] = shares_of(moments_of(self.factors[name]))
+
+
+def shares_of(moments: Tensor) -> Tensor:
+    """Of H ``[K, K]``, damped as in rounding: ``sum 1 / U_jj^2 / sum H_jj`` of each block of columns, ``[kblocks]``."""
+    passed_on = feedback_of(moments).diagonal().double().square().reciprocal()
+    diagonal = moments.diagonal().double()
+    sums = [
+        torch.nn.functional.pad(v, (0, -len(v) % BLOCK_COLS)).view(-1, BLOCK_COLS).sum(1)
+        for v in (passed_on, diagonal + DAMPING * diagonal.mean())
+    ]
+    return (sums[0] / sums[1]).float()
 
 
 def factor_of(rows: Tensor) -> Tensor:
@@ -46,15 +83,20 @@ def factor_of(rows: Tensor) -> Tensor:
 
 def moments_of(factor: Tensor) -> Tensor:
     """H, float32 ``[K, K]``, from what :func:`factor_of` returned."""
-    if factor.dim() == 2:
-        rows = factor.float()
-    else:
-        width = _width(factor.shape)
-        rows, end = torch.zeros(width, width), 0
-        for i in range(width):
-            rows[i, i:] = factor[end : end + width - i]
-            end += width - i
+    rows = _rows(factor)
     return rows.T @ rows
+
+
+def _rows(factor: Tensor) -> Tensor:
+    """F, float32 ``[R, K]``, from what :func:`factor_of` returned."""
+    if factor.dim() == 2:
+        return factor.float()
+    width = _width(factor.shape)
+    rows, end = torch.zeros(width, width), 0
+    for i in range(width):
+        rows[i, i:] = factor[end : end + width - i]
+        end += width - i
+    return rows
 
 
 def _width(shape: torch.Size | list[int]) -> int:
@@ -105,9 +147,30 @@ class InputMoments:
                 f"{next(iter(shapes), 'any')}; run `ciuic calibrate` on this model."
             )
 
+    def factor(self, name: str, index: int) -> Tensor:
+        """F, float32 ``[R, K]``, of the inputs of a matrix of which something is known."""
+        with safe_open(self.path, framework="pt") as file:
+            return _rows(file.get_tensor(f"{PREFIX}{self._key(name, index)}"))
+
+    def share(self, name: str, index: int) -> Tensor | None:
+        """:func:`shares_of` the inputs of matrix ``index`` of a parameter; None where nothing is known of it."""
+        key = self._key(name, index)
+        if key is None:
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(SHARES + key)
+        except SafetensorError:
+            raise CiuicError(
+                f"{self.path} was made by an earlier ciuic_hf; make it again with `ciuic calibrate`."
+            ) from None
+
+    def _key(self, name: str, index: int) -> str | None:
+        return self._inputs.get(name) or self._inputs.get(f"{name}/{index}")
+
     def feedback(self, name: str, index: int) -> Tensor | None:
         """How rounding errors of matrix ``index`` of a parameter are passed on; None where nothing is known of it."""
-        key = self._inputs.get(name) or self._inputs.get(f"{name}/{index}")
+        key = self._key(name, index)
         if key is None:
             return None
         if key not in self._feedbacks:

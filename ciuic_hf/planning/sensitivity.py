@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.planning.moments import INPUTS, PREFIX
+from ciuic_hf.planning.moments import INPUTS, PREFIX, SHARES, InputMoments, Moments
 from ciuic_kernels import BlockGrid
 
 FILE_VERSION = 1
@@ -57,21 +57,23 @@ class Sensitivity:
                     f"is {list(wanted)} blocks, and they have {has} for it; run `ciuic calibrate` on this model."
                 )
 
-    def save(
-        self, path: Path, factors: Mapping[str, Tensor] | None = None, inputs: Mapping[str, str] | None = None
-    ) -> None:
+    def rounded(self, moments: InputMoments) -> Sensitivity:
+        """What is left of them when codes are chosen by these moments."""
+        return replace(self, blocks={name: _rounded(name, b, moments) for name, b in self.blocks.items()})
+
+    def save(self, path: Path, moments: Moments | None = None) -> None:
         """Write a safetensors file with a JSON description in its metadata.
 
         Args:
-            factors, inputs: moments of inputs to keep in the same file, as :mod:`ciuic_hf.planning.moments` reads
-                them: input -> factor, and parameter, or parameter/expert, -> input.
+            moments: of inputs, to keep in the same file, as :mod:`ciuic_hf.planning.moments` reads them.
         """
         about = {"source": self.source, "tokens": self.tokens, "version": FILE_VERSION}
         metadata = {_KIND: json.dumps(about)}
-        if inputs:
-            metadata[INPUTS] = json.dumps(dict(inputs))
         tensors = {name: values.contiguous() for name, values in self.blocks.items()}
-        tensors |= {PREFIX + name: factor for name, factor in (factors or {}).items()}
+        if moments is not None:
+            metadata[INPUTS] = json.dumps(moments.inputs)
+            tensors |= {PREFIX + name: factor for name, factor in moments.factors.items()}
+            tensors |= {SHARES + name: share for name, share in moments.shares.items()}
         save_file(tensors, path, metadata=metadata)
 
     @classmethod
@@ -82,7 +84,7 @@ class Sensitivity:
         try:
             with safe_open(path, framework="pt") as file:
                 about = (file.metadata() or {}).get(_KIND)
-                names = [name for name in file.keys() if not name.startswith(PREFIX)]  # noqa: SIM118
+                names = [name for name in file.keys() if not name.startswith((PREFIX, SHARES))]  # noqa: SIM118
                 blocks = {name: file.get_tensor(name) for name in names} if about else {}
         except SafetensorError:
             about = None
@@ -100,3 +102,13 @@ class Sensitivity:
             if values.dtype != torch.float32 or not bool(((values > 0) & values.isfinite()).all()):
                 raise CiuicError(f"{path}: the sensitivities of {name} must be positive float32 numbers.")
         return cls(blocks, described["source"], described["tokens"])
+
+
+def _rounded(name: str, blocks: Tensor, moments: InputMoments) -> Tensor:
+    """Sensitivities ``[..., strips, kblocks]`` times the shares of the inputs of each matrix."""
+    found = blocks.clone()
+    for index, matrix in enumerate(found if blocks.dim() == 3 else [found]):
+        share = moments.share(name, index)
+        if share is not None:
+            matrix *= share
+    return found

@@ -83,6 +83,34 @@ class GroupedCodec(Codec, Protocol):
         ...
 
 
+@runtime_checkable
+class PruningCodec(Codec, Protocol):
+    """A codec that stores some weights of a block, as codes on one grid with a scale for each row; the others are 0.
+
+    :mod:`ciuic_kernels.rounding` chooses them for it, knowing what the weights are multiplied with.
+    """
+
+    def stored(self, importance: Tensor) -> Tensor:
+        """Which weights are stored: bool like ``importance``, float32 ``[B, rows, cols]``, at least 0."""
+        ...
+
+    def exponents(self, blocks: Tensor) -> Tensor:
+        """uint8 ``[B]`` for blocks float32 ``[B, rows, cols]`` whose weights may still change a little."""
+        ...
+
+    def scale_candidates(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales to try for rows float32 ``[B, rows, cols]``: their bytes uint8 and values float32 ``[C, B, rows]``."""
+        ...
+
+    def round(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        """Of weights divided by their scales: the codes, uint8, and what they stand for, float32."""
+        ...
+
+    def pack_stored(self, scales: Tensor, codes: Tensor, stored: Tensor) -> Tensor:
+        """Records of scale bytes uint8 ``[B, rows]`` and of the codes uint8 ``[B, rows, cols]`` that are stored."""
+        ...
+
+
 _BY_ID: dict[int, Codec] = {}
 _BY_NAME: dict[str, Codec] = {}
 

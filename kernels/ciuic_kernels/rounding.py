@@ -7,8 +7,10 @@ LDLQ (Chee et al., arXiv 2307.13304). With ``H^-1 = U^T U``, U upper triangular,
 ``e_j = (w_j - q_j) / U_jj``, the columns k > j lose ``e_j U_jk``, and the row's mean square is the sum of ``e_j^2``.
 
 Here each group of columns tries its codec's scales, every one with the error passed on inside the group, and keeps
-the one with the smallest sum. Blocks of different codecs pass errors on to each other; a codec without groups (raw,
-zero, sparse) encodes a block at once. A strip of 64 rows for which plain rounding does better keeps the plain bytes.
+the one with the smallest sum. Blocks of different codecs pass errors on to each other; raw and zero blocks are encoded
+at once. Sparse blocks keep the weights with the largest ``(w_j / U_jj)^2``, which is what a weight costs that is set to
+zero and made good by later ones (SparseGPT, Frantar and Alistarh, arXiv 2301.00774); what is left out counts as the
+error of a code of zero. A strip of 64 rows for which plain encoding does better keeps the plain bytes.
 
 The format is not touched: what comes out are codes and scale bytes like any others.
 """
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from ciuic_kernels.codec import Codec, GroupedCodec, codec_by_id
+from ciuic_kernels.codec import Codec, GroupedCodec, PruningCodec, codec_by_id
 from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, BlockGrid, PackedTensor
 from ciuic_kernels.packing import decode_strips, edge_batches, encode_matrix, record_starts, scatter
 
@@ -158,6 +160,8 @@ def _encode_columns(source: Tensor, packed: PackedTensor, feedback: Tensor) -> T
 
 def _encode_blocks(codec: Codec, blocks: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Records and exponents of blocks float32 ``[B, rows, cols]``; ``upper`` is the feedback between their columns."""
+    if isinstance(codec, PruningCodec):
+        return _prune_blocks(codec, blocks, upper)
     if not isinstance(codec, GroupedCodec):
         return codec.encode(blocks)
     exponents = codec.exponents(blocks)
@@ -171,17 +175,47 @@ def _encode_blocks(codec: Codec, blocks: Tensor, upper: Tensor) -> tuple[Tensor,
     return codec.pack(torch.stack(scales, dim=-1), codes.permute(1, 2, 0)), exponents
 
 
+def _prune_blocks(codec: PruningCodec, blocks: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_encode_blocks`. Scales are sought around those of the weights as they are made good unrounded."""
+    stored = codec.stored(blocks.abs() / upper.diagonal())
+    kept, columns = (x.permute(2, 0, 1).contiguous() for x in (stored, blocks))
+    rest = columns.clone()
+    for j in range(len(rest)):
+        error = rest[j].masked_fill(kept[j], 0.0) / upper[j, j]
+        rest[j + 1 :] -= upper[j, j + 1 :, None, None] * error
+    goal = rest.masked_fill_(~kept, 0.0).permute(1, 2, 0).contiguous()
+    exponents = codec.exponents(goal)
+    scale_bytes, scales = codec.scale_candidates(goal, exponents)
+    scale, codes, _ = _try_scales(codec, columns, scale_bytes, scales, upper, kept)
+    return codec.pack_stored(scale, codes.permute(1, 2, 0), stored), exponents
+
+
 def _round_group(
     codec: GroupedCodec, columns: Tensor, exponents: Tensor, upper: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One group of columns float32 ``[G, B, rows]``: scale bytes ``[B, rows]``, codes and errors ``[G, B, rows]``."""
     scale_bytes, scales = codec.scale_candidates(columns.movedim(0, -1), exponents)
+    return _try_scales(codec, columns, scale_bytes, scales, upper)
+
+
+def _try_scales(
+    codec: GroupedCodec | PruningCodec,
+    columns: Tensor,
+    scale_bytes: Tensor,
+    scales: Tensor,
+    upper: Tensor,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of the scales ``[C, B, rows]`` for columns ``[G, B, rows]``; all but ``kept`` of them become zero."""
     inverse = 1.0 / scales
     rest = columns.unsqueeze(1).repeat(1, len(scales), 1, 1)
     codes, errors = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device), torch.empty_like(rest)
     for j in range(len(rest)):
         codes[j], values = codec.round(rest[j] * inverse)
-        torch.div(rest[j] - values * scales, upper[j, j], out=errors[j])
+        stored = values * scales
+        if kept is not None:
+            stored = stored.masked_fill(~kept[j], 0.0)
+        torch.div(rest[j] - stored, upper[j, j], out=errors[j])
         rest[j + 1 :] -= upper[j, j + 1 :, None, None, None] * errors[j]
     best = errors.square().sum(0).argmin(0, keepdim=True)
     scale = scale_bytes.gather(0, best)[0]

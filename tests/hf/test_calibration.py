@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ciuic_hf import CiuicConfig, CiuicError
+from ciuic_hf import CiuicConfig, CiuicError, apply_ciuic_compression
 from ciuic_hf.cli.main import main
 from ciuic_hf.demo import bf16_path
 from ciuic_hf.hf import probe
 from ciuic_hf.hf.decoder_layers import decoder_layers
 from ciuic_hf.hf.layer_by_layer import StreamedModel
 from ciuic_hf.hf.offline import compress_checkpoint
-from ciuic_hf.hf.probe import Moments, measure
-from ciuic_hf.planning.moments import InputMoments, factor_of, moments_of
+from ciuic_hf.hf.probe import measure
+from ciuic_hf.planning.moments import InputMoments, Moments, factor_of, moments_of
 from ciuic_hf.planning.sensitivity import Sensitivity
 from tests.hf.conftest import read_files
 
@@ -38,7 +38,7 @@ def calibration(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.Temp
     """Of the tiny DeepSeek-V3."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint("v3_bf16"), dtype=torch.float32)
     path, moments = tmp_path_factory.mktemp("calibration") / "calib.safetensors", Moments()
-    measure(model, some_ids(), "test", moments=moments).save(path, moments.factors, moments.inputs)
+    measure(model, some_ids(), "test", moments=moments).save(path, moments)
     return path
 
 
@@ -85,13 +85,14 @@ def test_moments_are_those_of_the_inputs(checkpoint: Callable[[str], Path]) -> N
 def test_calibrated_loads_store_the_same_bytes_with_less_error(
     family: str, checkpoint: Callable[[str], Path], calibration: Path, tmp_path: Path
 ) -> None:
-    """Same sizes and codecs as without rounding; errors fall; saves and reloads bit for bit; repeats itself."""
+    """Same sizes as without rounding; errors fall; saves and reloads bit for bit; repeats itself."""
     path = checkpoint(family)
     plain = load(path, bits=3.25, sensitivity=calibration)
     model = load(path, bits=3.25, calibration=calibration)
     report = model.ciuic_report
     assert plain.ciuic_report.rounded is None
-    assert [vars(p) for p in report.compressed] == [vars(p) for p in plain.ciuic_report.compressed]
+    stored = [r.bits_per_weight(("attention", "mlp", "experts")) for r in (report, plain.ciuic_report)]
+    assert stored[0] == pytest.approx(stored[1], rel=1e-3)
     assert 0 < report.rounded.stored < 0.9 * report.rounded.nearest
     assert "Rounded for calibrated inputs" in str(report)
     assert json.dumps(report.to_dict())
@@ -104,13 +105,55 @@ def test_calibrated_loads_store_the_same_bytes_with_less_error(
     assert "calib" not in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [("v3_bf16", {"attention": "sparse", "experts": "sparse30"}), ("v3_fused", {})],
+)
+def test_a_model_in_memory_is_rounded_as_from_pretrained_does(
+    family: str, modules: dict[str, Any], checkpoint: Callable[[str], Path], calibration: Path
+) -> None:
+    """The same file, the same bytes, the same account up to the order of its sums."""
+    config = CiuicConfig(bits=3.25, modules=modules, calibration=calibration)
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint(family), quantization_config=config)
+    model = apply_ciuic_compression(AutoModelForCausalLM.from_pretrained(checkpoint(family)), config)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    ours, theirs = model.ciuic_report.rounded, loaded.ciuic_report.rounded
+    assert (ours.matrices, ours.plain, ours.pruned.keys()) == (
+        theirs.matrices, theirs.plain, theirs.pruned.keys(),
+    )  # fmt: skip
+    assert ours.stored == pytest.approx(theirs.stored) and ours.nearest == pytest.approx(theirs.nearest)
+
+
+def test_pruning_says_what_it_cost(
+    checkpoint: Callable[[str], Path], calibration: Path, tmp_path: Path
+) -> None:
+    """Of the attention alone, less than by magnitude; offline the same."""
+    path, modules = checkpoint("v3_bf16"), {"attention": "sparse50", "experts": "sparse20"}
+    report = load(path, modules=modules, calibration=calibration).ciuic_report
+    pruned = report.rounded.pruned
+    assert any("attn" in name for name in pruned) and any("experts" in name for name in pruned)
+    assert not any("layers.0.mlp" in name for name in pruned)
+    for cost in pruned.values():
+        assert 0 < cost.relative_error <= 1.01 * cost.relative_error_by_magnitude < 1
+    assert sum(c.stored for c in pruned.values()) < 0.9 * sum(c.by_magnitude for c in pruned.values())
+    assert f"Sparse blocks in {len(pruned)} weights" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["rounded"]["pruned"].keys() == pruned.keys()
+    config = CiuicConfig(modules=modules, calibration=calibration)
+    offline = compress_checkpoint(path, tmp_path / "offline", config).rounded
+    assert offline is not None and offline.pruned.keys() == pruned.keys()
+    for name, cost in offline.pruned.items():
+        assert cost.stored == pytest.approx(pruned[name].stored, rel=1e-4)
+
+
 def test_rounding_alone_follows_any_plan(checkpoint: Callable[[str], Path], calibration: Path) -> None:
     """Uniform bits, and what modules says: sensitivities are for the default policy, rounding for all."""
     path = checkpoint("v3_bf16")
     options: dict[str, Any] = {"bits": 3, "policy": "uniform", "modules": {"attention": "grid2_g64"}}
     model = load(path, calibration=calibration, **options)
     plain = load(path, **options)
-    assert model.ciuic_report.nbytes == plain.ciuic_report.nbytes
+    reports = [[vars(p) for p in m.ciuic_report.compressed] for m in (model, plain)]
+    assert reports[0] == reports[1]
     assert model.ciuic_report.rounded.stored < model.ciuic_report.rounded.nearest
 
 
@@ -127,9 +170,10 @@ def test_experts_that_met_no_token_are_rounded_plainly_and_counted(
     save_file(
         load_file(calibration), tmp_path / "c.safetensors", metadata | {"ciuic-moments": json.dumps(names)}
     )
-    before = load(checkpoint("v3_bf16"), bits=4, calibration=calibration)
-    after = load(checkpoint("v3_bf16"), bits=4, calibration=tmp_path / "c.safetensors")
-    plain = load(checkpoint("v3_bf16"), bits=4, sensitivity=calibration)
+    options: dict[str, Any] = {"bits": 4, "policy": "uniform"}
+    before = load(checkpoint("v3_bf16"), calibration=calibration, **options)
+    after = load(checkpoint("v3_bf16"), calibration=tmp_path / "c.safetensors", **options)
+    plain = load(checkpoint("v3_bf16"), **options)
     counts = [model.ciuic_report.rounded.plain.get(DOWN, 0) for model in (before, after)]
     assert counts[1] == counts[0] + 1
     assert f"{DOWN} ({counts[1]})" in str(after.ciuic_report.rounded)
@@ -178,6 +222,8 @@ def test_what_is_refused(
     Sensitivity({"w": torch.ones(1, 1)}, "test", 1).save(tmp_path / "s.safetensors")
     with pytest.raises(CiuicError, match="no moments of inputs to round by"):
         load(checkpoint("v3_bf16"), bits=4, policy="uniform", calibration=tmp_path / "s.safetensors")
+    with pytest.raises(CiuicError, match="calibration is for models of transformers"):
+        apply_ciuic_compression(torch.nn.Linear(64, 64), CiuicConfig(calibration=calibration))
     with pytest.raises(CiuicError, match="There is no file"):
         load(checkpoint("v3_bf16"), bits=4, policy="uniform", calibration=tmp_path / "none")
     (tmp_path / "short.txt").write_text("In the beginning")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ciuic_kernels import BlockGrid, PackedTensor, all_codecs, codec_by_name
-from ciuic_kernels.codec import GroupedCodec
+from ciuic_kernels.codec import GroupedCodec, PruningCodec
 from ciuic_kernels.codecs.grid import levels
+from ciuic_kernels.codecs.sparse import SPARSE
 from ciuic_kernels.layout import validate
 from ciuic_kernels.packing import allocate, decode_tensor, encode_matrix, encode_tensor
 from ciuic_kernels.rounding import DAMPING, RoundingError, encode_matrix_rounded, feedback_of
@@ -82,6 +83,50 @@ def test_what_correlated_inputs_gain(name: str) -> None:
     assert found.stored < 0.6 * found.nearest
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 100), st.integers(1, 200), st.integers(0, 10**6), st.sampled_from(list(SPARSE)),
+    st.floats(0, 0.9),
+)  # fmt: skip
+def test_sparse_blocks_keep_to_their_capacity(
+    rows: int, cols: int, seed: int, kind: tuple[int, int], zeros: float
+) -> None:
+    """Never more weights than fit, never worse than by magnitude, and a record that any reader takes."""
+    generator, codec = torch.Generator().manual_seed(seed), SPARSE[kind]
+    weight = torch.randn(rows, cols, generator=generator)
+    weight *= torch.rand(rows, cols, generator=generator) >= zeros
+    moments = correlated(64, cols, generator)
+    moments = moments if float(moments.sum()) else torch.ones(cols, cols)
+    grid = BlockGrid((rows, cols))
+    packed, found = rounded(
+        weight, torch.full((grid.strips, grid.kblocks), codec.id, dtype=torch.uint8), moments
+    )
+    validate(packed)
+    assert found.stored <= found.nearest
+    for strip in decode_tensor(packed).split(64):
+        for block in strip.split(128, 1):
+            assert int(block.count_nonzero()) <= codec.slots(*block.shape)
+
+
+@pytest.mark.parametrize(("capacity", "gain"), [(16, 0.65), (10, 0.7)])
+def test_what_pruning_gains_from_correlated_inputs(capacity: int, gain: float) -> None:
+    """Half and 70 % of the weights go; those that stay make a part of it good, where inputs are correlated."""
+    generator = torch.Generator().manual_seed(0)
+    weight, moments = torch.randn(128, 256, generator=generator), correlated(4096, 256, generator)
+    ids = torch.full((2, 2), SPARSE[4, capacity].id, dtype=torch.uint8)
+    packed, found = rounded(weight, ids, moments)
+    assert found.stored < gain * found.nearest
+    assert not torch.equal(decode_tensor(packed) != 0, decode_tensor(encode_tensor(weight, ids)) != 0)
+
+
+def test_pruning_without_correlation_is_by_magnitude() -> None:
+    """All inputs alike and independent: the mask is that of plain encoding."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    ids = torch.full((1, 1), SPARSE[5, 12].id, dtype=torch.uint8)
+    packed, _ = rounded(weight, ids, torch.eye(128))
+    assert torch.equal(decode_tensor(packed) != 0, decode_tensor(encode_tensor(weight, ids)) != 0)
+
+
 def test_independent_inputs_gain_only_scales() -> None:
     """Without correlation there is nothing to pass on: nothing is lost against the plain search, bit for bit or by
     more than what its coarser choice of exponents costs."""
@@ -139,9 +184,10 @@ def test_experts_are_rounded_one_by_one() -> None:
     assert torch.equal(decode_tensor(packed)[0], decode_tensor(encode_tensor(weight[0], ids[0])))
 
 
-def test_every_grid_can_be_rounded_and_nothing_else() -> None:
-    grouped = {codec.name for codec in all_codecs() if isinstance(codec, GroupedCodec)}
-    assert grouped == {codec.name for codec in all_codecs() if codec.name.startswith("grid")}
+@pytest.mark.parametrize(("protocol", "prefix"), [(GroupedCodec, "grid"), (PruningCodec, "sparse")])
+def test_every_grid_can_be_rounded_and_every_sparse_codec_prunes(protocol: type, prefix: str) -> None:
+    found = {codec.name for codec in all_codecs() if isinstance(codec, protocol)}
+    assert found == {codec.name for codec in all_codecs() if codec.name.startswith(prefix)}
 
 
 @pytest.mark.parametrize("moments", [torch.zeros(4, 4), torch.full((4, 4), float("nan"))])

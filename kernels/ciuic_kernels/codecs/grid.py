@@ -193,6 +193,27 @@ def _exponents(top: Tensor) -> Tensor:
     return ((top >> 4) - 7).clamp(MIN_EXPONENT, MAX_EXPONENT).to(torch.uint8)
 
 
+def roomy_exponents(weights: Tensor, bits: int) -> Tensor:
+    """uint8 ``[B]``: exponent bytes of blocks float32 ``[B, rows, groups, G]`` whose weights may still change."""
+    index, _ = _smallest_scales(weights, bits)
+    return _exponents(index.amax(dim=(-2, -1)) + HEADROOM)
+
+
+def scale_candidates(groups: Tensor, exponents: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales to try for groups float32 ``[B, rows, G]``: their bytes uint8 and values float32 ``[C, B, rows]``."""
+    index, negative = _smallest_scales(groups, bits)
+    offsets = torch.tensor(SCALE_OFFSETS[bits], dtype=torch.int32, device=groups.device)
+    steps = index + offsets.view(-1, 1, 1) - (exponents.to(torch.int32) << 4)[:, None]
+    scale_bytes = (steps.clamp(0, 127).to(torch.uint8) << 1) | negative.to(torch.uint8)
+    return scale_bytes, scale_values(scale_bytes, exponents[:, None])
+
+
+def nearest_codes(ratios: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Of weights divided by their scales: the codes, uint8, and what they stand for, float32."""
+    codes = torch.bucketize(ratios, thresholds(bits).to(ratios.device), out_int32=True)
+    return codes.to(torch.uint8), levels(bits).to(ratios.device)[codes]
+
+
 @dataclass(frozen=True)
 class GridCodec:
     """See the module docstring. ``width`` is k, ``group`` is G."""
@@ -238,19 +259,13 @@ class GridCodec:
         return torch.cat([*parts, scales.flatten(1)], dim=1)
 
     def exponents(self, blocks: Tensor) -> Tensor:
-        index, _ = _smallest_scales(self._grouped(blocks), self.width)
-        return _exponents(index.amax(dim=(-2, -1)) + HEADROOM)
+        return roomy_exponents(self._grouped(blocks), self.width)
 
     def scale_candidates(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-        index, negative = _smallest_scales(groups, self.width)
-        offsets = torch.tensor(SCALE_OFFSETS[self.width], dtype=torch.int32, device=groups.device)
-        steps = index + offsets.view(-1, 1, 1) - (exponents.to(torch.int32) << 4)[:, None]
-        scale_bytes = (steps.clamp(0, 127).to(torch.uint8) << 1) | negative.to(torch.uint8)
-        return scale_bytes, scale_values(scale_bytes, exponents[:, None])
+        return scale_candidates(groups, exponents, self.width)
 
     def round(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
-        codes = torch.bucketize(ratios, thresholds(self.width).to(ratios.device), out_int32=True)
-        return codes.to(torch.uint8), levels(self.width).to(ratios.device)[codes]
+        return nearest_codes(ratios, self.width)
 
     def decode(self, records: Tensor, exponents: Tensor, rows: int, cols: int) -> Tensor:
         batch, groups = records.shape[0], ceil_div(cols, self.group)

@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from ciuic_kernels.codec import register_codec
-from ciuic_kernels.codecs.grid import PLANES, levels, quantize_groups, scale_values
+from ciuic_kernels.codecs.grid import (
+    PLANES,
+    levels,
+    nearest_codes,
+    quantize_groups,
+    roomy_exponents,
+    scale_candidates,
+    scale_values,
+)
 from ciuic_kernels.format import BLOCK_COLS, ceil_div
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -104,13 +112,29 @@ class SparseCodec:
         lone = torch.where(stored, blocks, 0.0)
         groups = torch.nn.functional.pad(lone, (0, BLOCK_COLS - cols)).unsqueeze(2)
         scales, codes, exponents = quantize_groups(groups, self.width)
-        slots = self._gather_codes(codes[:, :, 0, :cols], stored)
-        bitmap = torch.nn.functional.pad(stored.to(torch.uint8), (0, -cols % 8))
-        parts, shift = [pack_codes(bitmap.flatten(1), 1), scales.flatten(1)], 0
+        return self.pack_stored(scales[..., 0], codes[:, :, 0, :cols], stored), exponents
+
+    def stored(self, importance: Tensor) -> Tensor:
+        return largest(importance, self.slots(*importance.shape[1:]))
+
+    def exponents(self, blocks: Tensor) -> Tensor:
+        return roomy_exponents(blocks.unsqueeze(2), self.width)
+
+    def scale_candidates(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+        return scale_candidates(groups, exponents, self.width)
+
+    def round(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        return nearest_codes(ratios, self.width)
+
+    def pack_stored(self, scales: Tensor, codes: Tensor, stored: Tensor) -> Tensor:
+        slots = self._gather_codes(codes, stored)
+        bitmap = torch.nn.functional.pad(stored.to(torch.uint8), (0, -stored.shape[2] % 8))
+        scales = torch.where(stored.any(-1), scales, torch.zeros_like(scales))
+        parts, shift = [pack_codes(bitmap.flatten(1), 1), scales], 0
         for width in PLANES[self.width]:
             parts.append(pack_codes((slots >> shift) & ((1 << width) - 1), width))
             shift += width
-        return torch.cat(parts, dim=1), exponents
+        return torch.cat(parts, dim=1)
 
     def _gather_codes(self, codes: Tensor, stored: Tensor) -> Tensor:
         """uint8 ``[B, n]``: the codes of the stored weights in row-major order, zeros behind them."""
