@@ -31,6 +31,7 @@ from ciuic_hf.runtime.ddp import compress_communication as compress_communicatio
 from ciuic_hf.runtime.gradients import CompressedGradient as CompressedGradient
 from ciuic_hf.runtime.gradients import StochasticCompressor as StochasticCompressor
 from ciuic_hf.runtime.gradients import compress_gradients as compress_gradients
+from ciuic_hf.runtime.waiting import compress_activation as compress_activation
 from ciuic_kernels import tuning as _tuning
 
 __version__ = "0.1.0"

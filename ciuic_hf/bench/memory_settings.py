@@ -66,6 +66,7 @@ def settings(checkpointing: bool = False) -> list[Setting]:
         weights,
         replace(weights, name="+ activations at 8 bits", activation_bits=8),
         replace(weights, name="+ activations at 4 bits", activation_bits=4),
+        replace(weights, name="+ activations at 2 bits", activation_bits=2),
     ]
     if checkpointing:
         rows += [

@@ -10,7 +10,7 @@ from ciuic_hf.hf.source import Source
 from ciuic_hf.planning.adapters import Adapters, Layout
 from ciuic_hf.planning.memory import Run, Sizes, largest
 from ciuic_hf.planning.training import Recipe, TrainingFootprint, training_footprint
-from ciuic_hf.runtime.activations import activation_nbytes
+from ciuic_hf.runtime.packing import stored_nbytes
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainingOutlook:
         self.recipe = Recipe(
             adapters,
             Run(element, None, device, "eager" if eager else None),
-            activation_nbytes,
+            stored_nbytes,
             request.activation_bits,
             request.checkpointing,
             request.optimizer,

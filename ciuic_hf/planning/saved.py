@@ -32,14 +32,14 @@ class Saved:
 
     Attributes:
         numel: how many; ``held`` of them stay in memory where this is a view and nothing packs it.
-        floating: whether they can be packed.
-        exponentiated: whether they take 8 bits at least.
+        least: fewest bits that they are rounded to.
+        exact: bits of each where packing keeps them exactly, as masks and indices; 0 for those that are rounded.
     """
 
     numel: int
     itemsize: int
-    floating: bool = True
-    exponentiated: bool = False
+    least: int = 2
+    exact: int = 0
     held: int = 0
 
     @property
@@ -81,8 +81,8 @@ class Step:
             self.layers.append(list(self._found.values()))
             self._found = {}
         self._norm("final", self.sizes.hidden)
-        self._save("labels", 1, 8, floating=False)
-        self._save("log-probabilities", self.sizes.vocabulary, 4, exponentiated=True)
+        self._save("labels", 1, 8, exact=index_bits(self.sizes.vocabulary))
+        self._save("log-probabilities", self.sizes.vocabulary, 4, least=4)
         self.end = list(self._found.values())
 
     @property
@@ -100,7 +100,7 @@ class Step:
         """In float32, computed from a cast copy."""
         if self._flows:
             self._save(f"{name} norm", heads * width, 4)
-            self._save(f"{name} variance", heads, 4)
+            self._save(f"{name} variance", heads, 4, least=8)
 
     def _linear(self, name: str, width: int, source: str, flows: bool) -> bool:
         """A product with an input of ``width``; whether the gradient goes through it."""
@@ -112,7 +112,7 @@ class Step:
         self._save(f"{name} low rank", rank, 4)
         if self.adapters.dropout and flows:
             on_cpu = self.run.device == "cpu"
-            self._save(f"{name} mask", width, 4 if on_cpu else 1, floating=on_cpu)
+            self._save(f"{name} mask", width, 4 if on_cpu else 1, exact=0 if on_cpu else 1)
         return True
 
     def _layer(self, sparse: bool) -> None:
@@ -141,7 +141,7 @@ class Step:
             for name, heads, here in (("q", sizes.heads, found[0]), ("k", sizes.shared, found[1])):
                 if here:
                     self._save(f"{name} norm", heads * sizes.key_width, 4)
-                    self._save(f"{name} variance", heads, 4)
+                    self._save(f"{name} variance", heads, 4, least=8)
         return found[0], found[1], found[2]
 
     def _latent_inputs(self) -> tuple[bool, bool, bool]:
@@ -150,7 +150,7 @@ class Step:
             reduced = self._linear("q_a_proj", sizes.hidden, "hidden", flows)
             if reduced:
                 self._save("queries norm", rank, 4)
-                self._save("queries variance", 1, 4)
+                self._save("queries variance", 1, 4, least=8)
             queries = self._linear("q_b_proj", rank, "reduced", reduced)
         else:
             queries = self._linear("q_proj", sizes.hidden, "hidden", flows)
@@ -160,7 +160,7 @@ class Step:
                 sizes.latent + sizes.rotary if self.element == 4 else 0
             )  # a view, where no cast copies it
             self._save("latents norm", sizes.latent, 4, held=joined)
-            self._save("latents variance", 1, 4)
+            self._save("latents variance", 1, 4, least=8)
         expanded = self._linear("kv_b_proj", sizes.latent, "latents", latents)
         return queries, latents or expanded, expanded
 
@@ -168,7 +168,7 @@ class Step:
         """Tables for one sequence; V2's are complex, V3's are halves of wider ones."""
         length, width = self.batch.length, self.sizes.rotary or self.sizes.key_width
         if self.sizes.config["model_type"] == "deepseek_v2":
-            self.shared["turns"] = Saved(length * width // 2, 8, floating=False)
+            self.shared["turns"] = Saved(length * width // 2, 8, exact=64)
             return
         halves = 2 if self.sizes.latent and self.sizes.config.get("rope_interleave", True) else 1
         for name in ("cosines", "sines"):
@@ -191,7 +191,7 @@ class Step:
                 self._save("keys", sizes.shared * sizes.key_width, element)
                 self._save("values", sizes.shared * sizes.key_width, element)
             self._save("outputs", told, element)
-            self._save("normalisers", sizes.heads, 4)
+            self._save("normalisers", sizes.heads, 4, least=8)
             return True
         itemsize, scored = 4 if path == "math" else element, queries or keys
         if keys:
@@ -201,7 +201,7 @@ class Step:
         if scored:
             self._save("values", told, itemsize)
             # torch's fallback calls softmax inside of an operator, where nothing tells that it is one
-            self._save("probabilities", sizes.heads * context, 4, exponentiated=path == "eager")
+            self._save("probabilities", sizes.heads * context, 4, least=8 if path == "eager" else 2)
         if values and itemsize != 4:
             self._save("narrow probabilities", sizes.heads * context, itemsize)
         return True
@@ -227,7 +227,7 @@ class Step:
         routing = self._router()
         rows, flows = sizes.routed, self._flows
         if flows or GATE_UP in ranks or DOWN in ranks or routing:
-            self._save("chosen", rows, 8, floating=False)
+            self._save("chosen", rows, 8, exact=index_bits(self.layout.experts[ROUTER][1]))
         if GATE_UP in ranks:
             self._save("normalised" if element == 4 else "experts input", sizes.hidden, element)
         gated = flows or GATE_UP in ranks
@@ -253,15 +253,20 @@ class Step:
             self._save("normalised" if self.element == 4 else "router input", self.sizes.hidden, 4)
             self._found["router weight"] = Saved(experts * self.sizes.hidden, 4)
         v2 = config["model_type"] == "deepseek_v2"
-        self._save("scores", experts, 4, exponentiated=v2)
+        self._save("scores", experts, 4, least=8 if v2 else 2)
         if not v2 or config.get("topk_method") == "group_limited_greedy":
-            self._save("group scores", groups * (1 if v2 else 2), 8, floating=False)
-            self._save("groups", kept, 8, floating=False)
-            self._save("masked", experts, 1, floating=False)
+            self._save("group scores", groups * (1 if v2 else 2), 8, exact=index_bits(experts // groups))
+            self._save("groups", kept, 8, exact=index_bits(groups))
+            self._save("masked", experts, 1, exact=1)
         if not v2 and config.get("norm_topk_prob", True):
-            self._save("sums", 1, 4)
+            self._save("sums", 1, 4, least=8)
             self._save("normalised weights", self.sizes.routed, 4)
         return True
+
+
+def index_bits(values: int) -> int:
+    """Bits of indices below ``values`` in the smallest type that holds them."""
+    return 8 if values <= 1 << 8 else 16 if values <= 1 << 15 else 32
 
 
 def total_nbytes(saved: Iterable[Saved]) -> int:

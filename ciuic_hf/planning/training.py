@@ -15,7 +15,7 @@ follow from reading torch and were not measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ciuic_hf.errors import CiuicError
@@ -37,12 +37,12 @@ class Recipe:
         activation_bits: of ``compress_activations``, None without it.
         checkpointing: whether layers are recomputed.
         optimizer: of :data:`OPTIMIZERS`.
-        packed: elements and bits -> bytes that they take when packed.
+        packed: shape and bits -> bytes that rounded values take when packed.
     """
 
     adapters: Adapters
     run: Run
-    packed: Callable[[int, int], int]
+    packed: Callable[[Sequence[int], int], int]
     activation_bits: int | None = None
     checkpointing: bool = False
     optimizer: str = "adamw"
@@ -54,11 +54,11 @@ class Recipe:
     def _nbytes_of(self, saved: Saved) -> int:
         if self.activation_bits is None:
             return saved.nbytes
-        if not saved.floating or saved.numel < PACKED_FROM:
+        if saved.numel < PACKED_FROM:
             return saved.numel * saved.itemsize
-        return self.packed(
-            saved.numel, max(8, self.activation_bits) if saved.exponentiated else self.activation_bits
-        )
+        if saved.exact:
+            return -(-saved.numel * saved.exact // 8)
+        return self.packed([saved.numel], max(saved.least, self.activation_bits))
 
 
 @dataclass(frozen=True)

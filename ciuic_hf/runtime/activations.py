@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,36 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.runtime.saved import Geometry, executing_layer, is_weight
-from ciuic_hf.runtime.stochastic import BITS, PackedGroups, pack, packed_nbytes, unpack
-
-# Values that share a step and a low, four bytes: 8.25, 4.25 and 2.5 bits in all.
-GROUPS = {8: 128, 4: 128, 2: 64}
-_PACKABLE = (torch.float32, torch.float16, torch.bfloat16)
-# What they save is exponentiated or multiplied by itself in their backward pass: at few bits noise becomes bias.
-_AT_EIGHT_BITS = frozenset(
-    {
-        nn.functional.softmax,
-        nn.functional.log_softmax,
-        nn.functional.cross_entropy,
-        torch.softmax,
-        torch.log_softmax,
-        Tensor.softmax,
-        Tensor.log_softmax,
-    }
-)
-
-
-def activation_nbytes(numel: int, bits: int) -> int:
-    """What ``numel`` saved values take when they are packed."""
-    return packed_nbytes(numel, bits, GROUPS[bits], signed=False)
+from ciuic_hf.runtime.packing import MIN_NUMEL, PACKABLE, Packed, bits_for, pack_activation, unpack_activation
+from ciuic_hf.runtime.purpose import Purpose, PurposeMode
+from ciuic_hf.runtime.saved import Geometry, executing_layer, is_held_elsewhere
+from ciuic_hf.runtime.stochastic import BITS
 
 
 def compress_activations(
-    model: nn.Module | None = None, *, bits: int = 4, min_numel: int = 1024, seed: int = 0
+    model: nn.Module | None = None, *, bits: int = 4, min_numel: int = MIN_NUMEL, seed: int = 0
 ) -> ActivationCompression:
     """Packs what autograd saves: as a context around forward and backward, or in every forward of ``model``.
 
@@ -51,9 +30,10 @@ def compress_activations(
             loss.backward()
 
     Rounding is stochastic and unbiased, from a generator of its own: runs repeat, and dropout draws what it would
-    have drawn. Exactly kept are weights (their views and casts too), integers, bools, float64, tensor subclasses,
-    tensors below ``min_numel`` elements and those with NaN, infinity or magnitudes beyond 2^120. What softmax,
-    log_softmax and cross_entropy save takes 8 bits at least.
+    have drawn. Exactly kept are weights (their views and casts too), buffers, integers, bools, float64, tensor
+    subclasses, tensors below ``min_numel`` elements and those with NaN, infinity or magnitudes beyond 2^120; bools
+    as bits, and integers in the smallest type that holds them. What softmax saves takes 8 bits at least, and so do
+    statistics; log_softmax's and cross_entropy's logarithms are packed as probabilities, at 4 bits at least.
 
     Args:
         model: packs inside its forward, until ``remove()``; a loss computed outside of it is not covered.
@@ -93,10 +73,10 @@ class ActivationCompression:
         self.bits, self.min_numel, self.seed = bits, min_numel, seed
         self.original_nbytes, self.stored_nbytes = 0, 0
         self.nonfinite: Counter[str] = Counter()
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._register: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Packed] | None]] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._register: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Shared] | None]] = {}
         self._register_limit = 512
-        self._mode = _EightBits()
+        self._mode = PurposeMode()
         self._entered: list[saved_tensors_hooks] = []
         self._model_hooks: list[Any] = []
         if model is not None:
@@ -161,11 +141,11 @@ class ActivationCompression:
             self.original_nbytes += tensor.nbytes
             self.stored_nbytes += tensor.nbytes
             return _Kept(tensor.detach(), tensor._version)
-        if is_weight(tensor):
+        if is_held_elsewhere(tensor):
             return _Kept(tensor.detach(), tensor._version)
-        bits = max(self.bits, 8) if self._mode.executing else self.bits
+        purpose = self._mode.of(tensor)
         geometry, values = Geometry.of(tensor)
-        key = (tensor.untyped_storage()._cdata, tensor._version, tensor.dtype, bits, geometry.key)
+        key = (tensor.untyped_storage()._cdata, tensor._version, tensor.dtype, purpose, geometry.key)
         known = self._register.get(key)
         if known is not None and not known[0].expired():
             found = known[1]() if known[1] is not None else None
@@ -173,23 +153,20 @@ class ActivationCompression:
                 return _PackedView(found, geometry)
             if known[1] is None:
                 return _Kept(tensor.detach(), tensor._version)
-        groups = self._groups(tensor, values, bits)
+        packed = self._packed(values, purpose)
         self.original_nbytes += values.nbytes
-        self.stored_nbytes += values.nbytes if groups is None else groups.nbytes
-        packed = None if groups is None else _Packed(groups)
-        self._remember(key, tensor, packed)
-        return _Kept(tensor.detach(), tensor._version) if packed is None else _PackedView(packed, geometry)
+        self.stored_nbytes += values.nbytes if packed is None else packed.nbytes
+        shared = None if packed is None else _Shared(packed)
+        self._remember(key, tensor, shared)
+        return _Kept(tensor.detach(), tensor._version) if shared is None else _PackedView(shared, geometry)
 
-    def _groups(self, tensor: Tensor, values: Tensor, bits: int) -> PackedGroups | None:
-        """None for what is kept exactly."""
-        if tensor.dtype not in _PACKABLE or values.numel() < self.min_numel:
+    def _packed(self, values: Tensor, purpose: Purpose) -> Packed | None:
+        """None for what is kept as it is."""
+        if values.numel() < self.min_numel:
             return None
-        generator = self._generators.get(tensor.device)
-        if generator is None:
-            generator = torch.Generator(tensor.device).manual_seed(self.seed)
-            self._generators[tensor.device] = generator
-        groups = pack(values, bits, GROUPS[bits], generator)
-        if groups is None:
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._generator))
+        packed = pack_activation(values, purpose, bits_for(purpose, self.bits), seed)
+        if packed is None and values.dtype in PACKABLE:
             layer = executing_layer()
             if layer not in self.nonfinite:
                 warnings.warn(
@@ -199,9 +176,9 @@ class ActivationCompression:
                     stacklevel=2,
                 )
             self.nonfinite[layer] += 1
-        return groups
+        return packed
 
-    def _remember(self, key: tuple[Any, ...], tensor: Tensor, packed: _Packed | None) -> None:
+    def _remember(self, key: tuple[Any, ...], tensor: Tensor, shared: _Shared | None) -> None:
         """By weak references only. While one to a storage exists, no other gets its address."""
         if len(self._register) >= self._register_limit:
             for old, (storage, stored) in list(self._register.items()):
@@ -209,12 +186,12 @@ class ActivationCompression:
                     del self._register[old]
             self._register_limit = max(512, 2 * len(self._register))
         storage = StorageWeakRef(tensor.untyped_storage())
-        self._register[key] = (storage, None if packed is None else weakref.ref(packed))
+        self._register[key] = (storage, None if shared is None else weakref.ref(shared))
 
     @staticmethod
     def _unpack(saved: Any) -> Tensor:
         if isinstance(saved, _PackedView):
-            return saved.geometry.restore(unpack(saved.packed.groups))
+            return saved.geometry.restore(unpack_activation(saved.shared.packed))
         if isinstance(saved, _Kept):
             if saved.tensor._version != saved.version:
                 raise RuntimeError(
@@ -230,18 +207,18 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and strided and tensor.device.type != "meta"
 
 
-class _Packed:
+class _Shared:
     """Owned by the handles in the graph."""
 
-    __slots__ = ("__weakref__", "groups")
+    __slots__ = ("__weakref__", "packed")
 
-    def __init__(self, groups: PackedGroups) -> None:
-        self.groups = groups
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
 
 
 @dataclass(frozen=True)
 class _PackedView:
-    packed: _Packed
+    shared: _Shared
     geometry: Geometry
 
 
@@ -251,20 +228,3 @@ class _Kept:
 
     tensor: Tensor
     version: int
-
-
-class _EightBits(TorchFunctionMode):
-    """Knows whether one of the functions is executing: a saved tensor does not tell what it is saved for."""
-
-    executing = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func not in _AT_EIGHT_BITS:
-            return func(*args, **(kwargs or {}))
-        self.executing = True
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.executing = False

@@ -74,6 +74,19 @@ def _is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
+def is_held_elsewhere(tensor: Tensor) -> bool:
+    """Whether a module owns this anyway: a weight, or a buffer of the layer that is executing."""
+    return is_weight(tensor) or (not tensor.requires_grad and _is_own_buffer(tensor))
+
+
+def _is_own_buffer(tensor: Tensor) -> bool:
+    innermost = next(_executing_modules(), None)
+    if innermost is None:
+        return False
+    storage = tensor.untyped_storage()._cdata
+    return any(buffer.untyped_storage()._cdata == storage for buffer in innermost.buffers(recurse=False))
+
+
 def is_weight(tensor: Tensor) -> bool:
     """Whether this is a parameter, or one after nothing but views, copies and casts."""
     if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):

@@ -2,7 +2,10 @@
 
 Elementwise and without any search, so that packing costs a few passes over memory. Rounding is unbiased: the
 expectation of what is unpacked is what was packed, as no value is clipped and each goes up with the probability of
-its distance from the grid point below (as in ActNN, arXiv 2104.14129). Layout of a group of ``g`` values:
+its distance from the grid point below (as in ActNN, arXiv 2104.14129). Where a seed is kept instead of a generator,
+the random numbers that decided this (the dither) are drawn again in unpacking and taken off (subtractive dither,
+Schuchman 1964): the error is then uniform over one step, with half the variance, in groups with both signs. Others
+keep their grid, on which a zero at its end is exact and nothing changes its sign. Layout of a group of ``g`` values:
 
     codes   g * bits / 8 bytes; byte j holds values j, j + g/p, ..., p = 8 / bits of them, the first in the low bits
     step    bfloat16, rounded up
@@ -25,6 +28,7 @@ _CPU_CHUNK, _CHUNK = 1 << 16, 1 << 24
 _SLACK = 1 + 2.0**-12
 # Magnitudes up to here leave room for the rounding up of steps; smaller steps have no inverse in float32.
 _LARGEST, _SMALLEST_STEP = 2.0**120, 2.0**-126
+_SEED_NBYTES = 8
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -37,6 +41,8 @@ class PackedGroups:
         step: bfloat16 ``[groups]``.
         low: bfloat16 ``[groups]``, or None where the groups are signed.
         dtype: of the source, and of what is unpacked.
+        seed: of the dither that unpacking takes off; None where it stays.
+        compiled: whose dither it is, ``groups.c``'s or torch's.
     """
 
     codes: Tensor
@@ -45,6 +51,8 @@ class PackedGroups:
     bits: int
     numel: int
     dtype: torch.dtype
+    seed: int | None = None
+    compiled: bool = False
 
     @property
     def group(self) -> int:
@@ -53,17 +61,27 @@ class PackedGroups:
 
     @property
     def nbytes(self) -> int:
-        """Codes, steps and lows."""
-        return self.codes.nbytes + self.step.nbytes + (self.low.nbytes if self.low is not None else 0)
+        """Codes, steps, lows and the seed."""
+        low_nbytes = self.low.nbytes if self.low is not None else 0
+        return (
+            self.codes.nbytes + self.step.nbytes + low_nbytes + (_SEED_NBYTES if self.seed is not None else 0)
+        )
 
 
-def packed_nbytes(numel: int, bits: int, group: int, *, signed: bool) -> int:
+def packed_nbytes(numel: int, bits: int, group: int, *, signed: bool, seeded: bool = False) -> int:
     """Bytes that ``numel`` values take."""
-    return -(-numel // group) * (group * bits // 8 + (2 if signed else 4))
+    groups_nbytes = -(-numel // group) * (group * bits // 8 + (2 if signed else 4))
+    return groups_nbytes + (_SEED_NBYTES if seeded else 0)
 
 
 def pack(
-    flat: Tensor, bits: int, group: int, generator: torch.Generator | None, *, signed: bool = False
+    flat: Tensor,
+    bits: int,
+    group: int,
+    generator: torch.Generator | None,
+    *,
+    signed: bool = False,
+    seed: int | None = None,
 ) -> PackedGroups | None:
     """Packs ``flat`` ``[n]``, contiguous, of a float dtype; None if it holds NaN, infinity or more than 2^120.
 
@@ -72,18 +90,26 @@ def pack(
     Args:
         generator: of ``flat``'s device; without one, values go to the nearest grid point (which is biased).
         signed: the grid is symmetric and holds zero exactly, at the cost of one level.
+        seed: in place of a generator: the dither is drawn from it, and taken off in unpacking. Not for signed groups.
     """
-    packed, finite = pack_any(flat, bits, group, generator, signed=signed)
+    packed, finite = pack_any(flat, bits, group, generator, signed=signed, seed=seed)
     return packed if bool(finite) else None
 
 
 def pack_any(
-    flat: Tensor, bits: int, group: int, generator: torch.Generator | None, *, signed: bool = False
+    flat: Tensor,
+    bits: int,
+    group: int,
+    generator: torch.Generator | None,
+    *,
+    signed: bool = False,
+    seed: int | None = None,
 ) -> tuple[PackedGroups, Tensor]:
     """As ``pack``, without waiting: bool ``[]`` says whether the bounds held.
 
     Where they did not, the whole group is unpacked to values that are not finite.
     """
+    assert seed is None or (generator is None and not signed)
     groups = -(-flat.numel() // group)
     codes = torch.empty(groups, group * bits // 8, dtype=torch.uint8, device=flat.device)
     step = torch.empty(groups, dtype=torch.bfloat16, device=flat.device)
@@ -97,12 +123,15 @@ def pack_any(
             middle,
             _LARGEST,
             _SMALLEST_STEP,
-            _seed(generator),
+            _seed(generator) if seed is None else seed,
             codes,
             step,
             low,
         )
-        return PackedGroups(codes, step, low, bits, flat.numel(), flat.dtype), torch.tensor(within)
+        packed = PackedGroups(codes, step, low, bits, flat.numel(), flat.dtype, seed, compiled=True)
+        return packed, torch.tensor(within)
+    if seed is not None:
+        generator = torch.Generator(flat.device).manual_seed(seed)
     finite = torch.ones((), dtype=torch.bool, device=flat.device)
     rows = max(1, (_CPU_CHUNK if flat.device.type == "cpu" else _CHUNK) // group)
     for first in range(0, groups, rows):
@@ -111,17 +140,21 @@ def pack_any(
         finite &= _pack_chunk(
             values, bits, generator, codes[chunk], step[chunk], None if low is None else low[chunk]
         )
-    return PackedGroups(codes, step, low, bits, flat.numel(), flat.dtype), finite
+    return PackedGroups(codes, step, low, bits, flat.numel(), flat.dtype, seed), finite
 
 
 def unpack(packed: PackedGroups) -> Tensor:
     """A new tensor ``[numel]`` of the source's dtype."""
     group, groups = packed.group, len(packed.codes)
     _, middle = _grid(packed.bits, packed.low is None)
-    if groups_c.usable(packed.codes.device, packed.dtype, group):
+    usable = packed.seed is None and groups_c.usable(packed.codes.device, packed.dtype, group)
+    if usable or (packed.seed is not None and packed.compiled):
         out = torch.empty(packed.numel, dtype=packed.dtype)
-        groups_c.unpack(packed.codes, packed.step, packed.low, packed.bits, middle, out)
+        groups_c.unpack(packed.codes, packed.step, packed.low, packed.bits, middle, packed.seed, out)
         return out
+    generator = None
+    if packed.seed is not None:
+        generator = torch.Generator(packed.codes.device).manual_seed(packed.seed)
     out = torch.empty(groups * group, dtype=packed.dtype, device=packed.codes.device)
     rows = max(1, (_CPU_CHUNK if out.device.type == "cpu" else _CHUNK) // group)
     for first in range(0, groups, rows):
@@ -131,7 +164,11 @@ def unpack(packed: PackedGroups) -> Tensor:
         if packed.low is None:
             values.sub_(middle).mul_(step)
         else:
-            values.mul_(step).add_(packed.low[chunk, None].float())
+            low = packed.low[chunk, None].float()
+            if generator is not None:
+                both_signs = (low < 0) & (low + ((1 << packed.bits) - 1) * step > 0)
+                values.sub_(_dither(values.shape, generator).mul_(both_signs))
+            values.mul_(step).add_(low)
         if packed.dtype == torch.float16:  # the grid may end beyond the largest value of its group
             values.clamp_(-_FLOAT16_MAX, _FLOAT16_MAX)
         out[first * group : chunk.stop * group].view(-1, group).copy_(values)
@@ -183,8 +220,7 @@ def _pack_chunk(
     if generator is None:
         scaled.add_(middle + 0.5)
     else:
-        # int16 in [-2^15, 2^15): a uniform number of 16 bits, around one half
-        scaled.add_(_random16(values.shape, generator), alpha=2.0**-16).add_(middle + 0.5 + 2.0**-17)
+        scaled.add_(_dither(values.shape, generator)).add_(middle + 0.5)
     whole = scaled.to(torch.int16).to(torch.uint8)  # faster than in one step
     if bits == 8:
         codes.copy_(whole)
@@ -225,9 +261,9 @@ def _inverse(step: Tensor) -> Tensor:
     return torch.where(step > 0, step.reciprocal(), 0.0)
 
 
-def _random16(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """int16 of any value with equal probability; a 64-bit draw makes four."""
+def _dither(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """float32, uniform around zero over one step, 16 bits of it; a 64-bit draw makes four."""
     words = -(-shape.numel() // 4)
     draws = torch.empty(words, dtype=torch.int64, device=generator.device)
     draws.random_(-(2**63), None, generator=generator)
-    return draws.view(torch.int16)[: shape.numel()].view(shape)
+    return draws.view(torch.int16)[: shape.numel()].view(shape).float().mul_(2.0**-16).add_(2.0**-17)

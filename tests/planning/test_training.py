@@ -16,7 +16,7 @@ from ciuic_hf.planning.adapters import Adapters, Layout
 from ciuic_hf.planning.memory import Run, Sizes
 from ciuic_hf.planning.saved import Batch, Step, total_nbytes
 from ciuic_hf.planning.training import Recipe, training_footprint
-from ciuic_hf.runtime.activations import activation_nbytes
+from ciuic_hf.runtime.packing import stored_nbytes
 from tests.planning.counted import MODELS, adapted, counted_nbytes, save_model
 
 BATCH, LENGTH, RANK = 2, 48, 8
@@ -55,7 +55,7 @@ def adapters_of(name: str, targets: list[str], dropout: float = 0.0, rank: int =
 
 
 def recipe_of(adapters: Adapters, **more: Any) -> Recipe:
-    return Recipe(adapters, Run(2, None, "cpu"), activation_nbytes, **more)
+    return Recipe(adapters, Run(2, None, "cpu"), stored_nbytes, **more)
 
 
 @pytest.mark.parametrize(

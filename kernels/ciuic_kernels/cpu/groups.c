@@ -133,9 +133,9 @@ int ciuic_groups_pack(const void *source, int dtype, int64_t numel, int bits, in
     return beyond;
 }
 
-/* The numel values back, in dtype. */
+/* The numel values back, in dtype; with `dithered`, less the dither that `seed` gave in packing. */
 void ciuic_groups_unpack(const uint8_t *codes, const uint16_t *steps, const uint16_t *lows, int64_t numel, int bits,
-                         int group, float middle, int dtype, void *out) {
+                         int group, float middle, int dithered, uint64_t seed, int dtype, void *out) {
     int64_t groups = (numel + group - 1) / group;
     int each = 8 / bits, width = group / each, mask = (1 << bits) - 1;
 #pragma omp parallel for schedule(static) if (numel >= SERIAL_VALUES)
@@ -147,6 +147,10 @@ void ciuic_groups_unpack(const uint8_t *codes, const uint16_t *steps, const uint
         for (int part = 0; part < each; part++)
             for (int j = 0; j < width; j++)
                 values[part * width + j] = ((float)((from[j] >> (bits * part)) & mask) - middle) * step + low;
+        if (dithered && low < 0 && low + (float)mask * step > 0) {
+            uint32_t key = key_of(seed, (uint64_t)g);
+            for (int j = 0; j < group; j++) values[j] += (0.5f - uniform(key + (uint32_t)j * 0x9e3779b9u)) * step;
+        }
         int count = (int)min64(group, numel - g * group);
         if (dtype == F32) {
             memcpy((float *)out + g * group, values, sizeof(float) * count);

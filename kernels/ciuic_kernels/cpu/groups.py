@@ -22,7 +22,7 @@ def _load() -> ctypes.CDLL | None:
         return None
     p, n, i, f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     library.ciuic_groups_pack.argtypes = (p, i, n, i, i, f, f, f, f, i, ctypes.c_uint64, p, p, p)
-    library.ciuic_groups_unpack.argtypes = (p, p, p, n, i, i, f, i, p)
+    library.ciuic_groups_unpack.argtypes = (p, p, p, n, i, i, f, i, ctypes.c_uint64, i, p)
     library.ciuic_groups_unpack.restype = None
     return library
 
@@ -65,11 +65,18 @@ def pack(
     return beyond == 0
 
 
-def unpack(codes: Tensor, step: Tensor, low: Tensor | None, bits: int, middle: int, out: Tensor) -> None:
-    """Fills ``out`` float32 or bfloat16 ``[n]``."""
+def unpack(
+    codes: Tensor, step: Tensor, low: Tensor | None, bits: int, middle: int, seed: int | None, out: Tensor
+) -> None:
+    """Fills ``out`` float32 or bfloat16 ``[n]``.
+
+    Args:
+        seed: that ``pack`` had, to take its dither off in groups with both signs; None where it stays.
+    """
     library = _load()
     assert library is not None
     library.ciuic_groups_unpack(
         codes.data_ptr(), step.data_ptr(), low.data_ptr() if low is not None else None, out.numel(), bits,
-        codes.shape[1] * 8 // bits, middle, DTYPES[out.dtype], out.data_ptr(),
+        codes.shape[1] * 8 // bits, middle, seed is not None, (seed or 0) % 2**64, DTYPES[out.dtype],
+        out.data_ptr(),
     )  # fmt: skip
