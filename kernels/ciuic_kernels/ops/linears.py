@@ -1,0 +1,123 @@
+"""``ciuic::linears``: several products with the same x, where it pays in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ciuic_kernels.dispatch import product_choice, use_triton
+from ciuic_kernels.ops._define import define, differentiable
+from ciuic_kernels.ops._products import check_input, reshaped
+from ciuic_kernels.ops.linear import linear, linear_backward_op
+from ciuic_kernels.selection import LINEAR, Launch, shares_launch
+
+MAX_MATRICES = 3
+
+
+def linears(
+    x: Tensor,
+    arenas: list[Tensor],
+    tags: list[Tensor],
+    offsets: list[Tensor],
+    works: list[Tensor],
+    kinds: list[int],
+    kind_counts: list[int],
+    biases: list[Tensor | None],
+    rows: list[int],
+    cols: int,
+) -> list[Tensor]:
+    """Multiply one x with several compressed matrices ``[N, K]`` of one K.
+
+    Every argument but x and cols has one entry for each matrix, as ``linear`` takes it.
+
+    Args:
+        x: ``[..., K]``, floating point.
+        kinds: those of all matrices, one after another.
+        kind_counts: how many of them each matrix has.
+        cols: K.
+
+    Returns:
+        ``[..., N]`` of x's dtype for each, contiguous and in memory of their own.
+
+    Raises:
+        ValueError: for an x of the wrong width, kind or device, or lists of different lengths.
+    """
+    if not len(arenas) == len(tags) == len(offsets) == len(works) == len(kind_counts) == len(biases) == len(rows):
+        raise ValueError("Every list that linears takes needs one entry for each matrix.")
+    for arena in arenas:
+        check_input(x, cols, arena)
+    own = _split(kinds, kind_counts)
+    flat = x.reshape(-1, cols)
+    launch = _shared_launch(flat, own, biases, rows)
+    if launch is None:
+        each = zip(arenas, tags, offsets, works, own, biases, rows, strict=True)
+        return [linear(x, *stored, cols) for stored in each]
+    from ciuic_kernels.triton.linears import linears as one_launch  # the first kernel imports Triton
+
+    outs = one_launch(
+        x=flat.contiguous(), arenas=arenas, tags=tags, works=works, kinds=sorted(set(kinds)), biases=biases,
+        rows=rows, launch=launch,
+    )  # fmt: skip
+    return [reshaped(y, x.shape[:-1]) for y in outs]
+
+
+def _split(kinds: list[int], counts: list[int]) -> list[list[int]]:
+    ends = [sum(counts[: place + 1]) for place in range(len(counts))]
+    return [kinds[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _shared_launch(
+    flat: Tensor, kinds: list[list[int]], biases: list[Tensor | None], rows: list[int]
+) -> Launch | None:
+    """How to launch all products at once; None where each has its own."""
+    tokens, cols = flat.shape
+    if not tokens or not 1 < len(rows) <= MAX_MATRICES or not use_triton(flat.device):
+        return None
+    launch = product_choice(LINEAR, tokens, sum(rows) * cols, flat.dtype, flat.device).launch
+    one_dtype = len({bias.dtype for bias in biases if bias is not None}) < 2
+    return launch if launch is not None and one_dtype and shares_launch(launch, kinds) else None
+
+
+def _linears_fake(
+    x: Tensor,
+    arenas: list[Tensor],
+    tags: list[Tensor],
+    offsets: list[Tensor],
+    works: list[Tensor],
+    kinds: list[int],
+    kind_counts: list[int],
+    biases: list[Tensor | None],
+    rows: list[int],
+    cols: int,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], n)) for n in rows]
+
+
+linears_op = define(linears, _linears_fake)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
+    _x, arenas, tags, offsets, works, kinds, counts, biases, _rows, cols = inputs
+    ctx.save_for_backward(*arenas, *tags, *offsets, *works)
+    ctx.kinds, ctx.cols = _split(kinds, counts), cols  # type: ignore[attr-defined]
+    ctx.has_bias = [bias is not None for bias in biases]  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor | None]) -> tuple[object, ...]:
+    saved, count = ctx.saved_tensors, len(grads)  # type: ignore[attr-defined]
+    stored = [saved[place::count] for place in range(count)]
+    grad_x = None
+    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+        for grad, tensors, kinds in zip(grads, stored, ctx.kinds, strict=True):  # type: ignore[attr-defined]
+            if grad is not None:
+                part = linear_backward_op(grad, *tensors, kinds, ctx.cols)  # type: ignore[attr-defined]
+                grad_x = part if grad_x is None else grad_x + part
+    grad_biases = [
+        grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias and grad is not None else None
+        for grad, has_bias in zip(grads, ctx.has_bias, strict=True)  # type: ignore[attr-defined]
+    ]
+    none = [None] * count
+    return grad_x, none, none, none, none, None, None, grad_biases, None, None
+
+
+differentiable("linears", _backward, _setup_context)
