@@ -23,9 +23,9 @@ def calls() -> dict[str, tuple[Any, ...]]:
     x, many = activations(3, w.cols), activations(2, 20, w.cols)
     bias, grad = activations(w.rows), activations(3, w.rows)
     three = [operand(shape) for shape in ((5, 300), MATRIX, (129, 300))]
-    biases = [None, activations(w.rows).requires_grad_(), None]
-    several = (*together(three), [None] * 3, [o.rows for o in three], w.cols)
-    biased = (*together(three), biases, [o.rows for o in three], w.cols)
+    several = (*together(three), [], [False] * 3, [o.rows for o in three], w.cols)
+    one_bias = [activations(w.rows, seed=2).requires_grad_()]
+    biased = (*together(three), one_bias, [False, True, False], [o.rows for o in three], w.cols)
     a, b = activations(4, 2, w.cols).requires_grad_(), activations(4, 7, 2).requires_grad_()
     return {
         "linear": (x, *w.stored, None, w.rows, w.cols),

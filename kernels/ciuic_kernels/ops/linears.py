@@ -22,18 +22,21 @@ def linears(
     works: list[Tensor],
     kinds: list[int],
     kind_counts: list[int],
-    biases: list[Tensor | None],
+    biases: list[Tensor],
+    biased: list[bool],
     rows: list[int],
     cols: int,
 ) -> list[Tensor]:
     """Multiply one x with several compressed matrices ``[N, K]`` of one K.
 
-    Every argument but x and cols has one entry for each matrix, as ``linear`` takes it.
+    Every list but kinds and biases has one entry for each matrix, as ``linear`` takes it.
 
     Args:
         x: ``[..., K]``, floating point.
         kinds: those of all matrices, one after another.
         kind_counts: how many of them each matrix has.
+        biases: ``[N]`` of the matrices that have one.
+        biased: which have one.
         cols: K.
 
     Returns:
@@ -42,20 +45,23 @@ def linears(
     Raises:
         ValueError: for an x of the wrong width, kind or device, or lists of different lengths.
     """
-    if not len(arenas) == len(tags) == len(offsets) == len(works) == len(kind_counts) == len(biases) == len(rows):
-        raise ValueError("Every list that linears takes needs one entry for each matrix.")
+    if not len(arenas) == len(tags) == len(offsets) == len(works) == len(kind_counts) == len(biased) == len(rows):
+        raise ValueError("linears needs one entry for each matrix in every list but kinds and biases.")
+    if len(biases) != sum(biased):
+        raise ValueError(f"linears got {len(biases)} biases for the {sum(biased)} matrices that have one.")
     for arena in arenas:
         check_input(x, cols, arena)
-    own = _split(kinds, kind_counts)
+    own, given = _split(kinds, kind_counts), iter(biases)
+    bias_of = [next(given) if has_bias else None for has_bias in biased]
     flat = x.reshape(-1, cols)
     launch = _shared_launch(flat, own, biases, rows)
     if launch is None:
-        each = zip(arenas, tags, offsets, works, own, biases, rows, strict=True)
+        each = zip(arenas, tags, offsets, works, own, bias_of, rows, strict=True)
         return [linear(x, *stored, cols) for stored in each]
     from ciuic_kernels.triton.linears import linears as one_launch  # the first kernel imports Triton
 
     outs = one_launch(
-        x=flat.contiguous(), arenas=arenas, tags=tags, works=works, kinds=sorted(set(kinds)), biases=biases,
+        x=flat.contiguous(), arenas=arenas, tags=tags, works=works, kinds=sorted(set(kinds)), biases=bias_of,
         rows=rows, launch=launch,
     )  # fmt: skip
     return [reshaped(y, x.shape[:-1]) for y in outs]
@@ -67,14 +73,14 @@ def _split(kinds: list[int], counts: list[int]) -> list[list[int]]:
 
 
 def _shared_launch(
-    flat: Tensor, kinds: list[list[int]], biases: list[Tensor | None], rows: list[int]
+    flat: Tensor, kinds: list[list[int]], biases: list[Tensor], rows: list[int]
 ) -> Launch | None:
     """How to launch all products at once; None where each has its own."""
     tokens, cols = flat.shape
     if not tokens or not 1 < len(rows) <= MAX_MATRICES or not use_triton(flat.device):
         return None
     launch = product_choice(LINEAR, tokens, sum(rows) * cols, flat.dtype, flat.device).launch
-    one_dtype = len({bias.dtype for bias in biases if bias is not None}) < 2
+    one_dtype = len({bias.dtype for bias in biases}) < 2
     return launch if launch is not None and one_dtype and shares_launch(launch, kinds) else None
 
 
@@ -86,7 +92,8 @@ def _linears_fake(
     works: list[Tensor],
     kinds: list[int],
     kind_counts: list[int],
-    biases: list[Tensor | None],
+    biases: list[Tensor],
+    biased: list[bool],
     rows: list[int],
     cols: int,
 ) -> list[Tensor]:
@@ -97,10 +104,10 @@ linears_op = define(linears, _linears_fake)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
-    _x, arenas, tags, offsets, works, kinds, counts, biases, _rows, cols = inputs
+    _x, arenas, tags, offsets, works, kinds, counts, _biases, biased, _rows, cols = inputs
     ctx.save_for_backward(*arenas, *tags, *offsets, *works)
     ctx.kinds, ctx.cols = _split(kinds, counts), cols  # type: ignore[attr-defined]
-    ctx.has_bias = [bias is not None for bias in biases]  # type: ignore[attr-defined]
+    ctx.biased = biased  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor | None]) -> tuple[object, ...]:
@@ -113,11 +120,13 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor | Non
                 part = linear_backward_op(grad, *tensors, kinds, ctx.cols)  # type: ignore[attr-defined]
                 grad_x = part if grad_x is None else grad_x + part
     grad_biases = [
-        grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias and grad is not None else None
-        for grad, has_bias in zip(grads, ctx.has_bias, strict=True)  # type: ignore[attr-defined]
+        None if grad is None else grad.reshape(-1, grad.shape[-1]).sum(0)
+        for grad, has_bias in zip(grads, ctx.biased, strict=True)  # type: ignore[attr-defined]
+        if has_bias
     ]
     none = [None] * count
-    return grad_x, none, none, none, none, None, None, grad_biases, None, None
+    no_kinds = None if any(ctx.kinds) else []  # type: ignore[attr-defined]  # torch takes [] for a list of tensors
+    return grad_x, none, none, none, none, no_kinds, None, grad_biases, None, None, None
 
 
 differentiable("linears", _backward, _setup_context)
