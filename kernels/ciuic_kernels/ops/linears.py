@@ -45,7 +45,15 @@ def linears(
     Raises:
         ValueError: for an x of the wrong width, kind or device, or lists of different lengths.
     """
-    if not len(arenas) == len(tags) == len(offsets) == len(works) == len(kind_counts) == len(biased) == len(rows):
+    if (
+        not len(arenas)
+        == len(tags)
+        == len(offsets)
+        == len(works)
+        == len(kind_counts)
+        == len(biased)
+        == len(rows)
+    ):
         raise ValueError("linears needs one entry for each matrix in every list but kinds and biases.")
     if len(biases) != sum(biased):
         raise ValueError(f"linears got {len(biases)} biases for the {sum(biased)} matrices that have one.")
