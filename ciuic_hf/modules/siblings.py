@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ciuic_kernels import ops
-from ciuic_kernels.ops.linears import MAX_MATRICES
-from ciuic_kernels.selection import SHARED_BLOCK_M
+from ciuic_kernels.selection import MAX_SHARED, SHARED_BLOCK_M
 
 if TYPE_CHECKING:
     from ciuic_hf.modules.linear import CiuicLinear
@@ -95,7 +94,7 @@ class Siblings:
 
     def output(self, place: int, module: CiuicLinear, x: Tensor) -> Tensor | None:
         """The product of a member with x, where it was or is now computed together; None where it must be alone."""
-        if self.member(place) is not module or type(x) is not Tensor or x.is_inference():
+        if self.member(place) is not module or not _can_be_followed(x):
             return None
         current: _Round | None = getattr(self._here, "round", None)
         if current is not None:
@@ -196,7 +195,7 @@ def families(widths: Mapping[str, int]) -> list[tuple[str, list[str]]]:
     for parent in parents:
         for family in FAMILIES:
             found = [b for b in family if parent + b in widths and parent + b not in taken]
-            if 1 < len(found) <= MAX_MATRICES and len({widths[parent + below] for below in found}) == 1:
+            if 1 < len(found) <= MAX_SHARED and len({widths[parent + below] for below in found}) == 1:
                 taken.update(parent + below for below in found)
                 groups.append((parent, found))
     return groups
@@ -223,6 +222,16 @@ def _is_good(module: CiuicLinear, x: Tensor, before: tuple[Any, ...]) -> bool:
     """Whether a result that was computed from ``before`` is what the member would compute now."""
     now = _weights(module)
     return _fits(module, x) and before[0] is now[0] and before[2] is now[2] and before[1::2] == now[1::2]
+
+
+def _can_be_followed(x: Tensor) -> bool:
+    """Whether identity and version say that x is unchanged, and what runs is not being transformed or traced."""
+    return (
+        type(x) is Tensor
+        and not x.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch.jit.is_tracing()
+    )
 
 
 def _stream(x: Tensor) -> int:

@@ -15,8 +15,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import compute_mutation_region_ids, same_mutation_regions
 
-from ciuic_kernels.ops.linears import MAX_MATRICES
-from ciuic_kernels.selection import SHARED_BLOCK_M
+from ciuic_kernels.selection import MAX_SHARED, SHARED_BLOCK_M
 
 
 class MergeLinears(CustomGraphPass):
@@ -35,7 +34,7 @@ class MergeLinears(CustomGraphPass):
         own = get_hash_for_files((__file__,))
         if self.earlier is None:
             return own
-        theirs = self.earlier.uuid()
+        theirs = getattr(self.earlier, "uuid", lambda: None)()
         return None if theirs is None else (own, theirs)
 
 
@@ -59,8 +58,8 @@ def merge_linears(graph: fx.Graph) -> int:
         for nodes in groups.values():
             first = nodes[0]
             ready = [node for node in nodes if _is_ready(node, first, place)]
-            for start in range(0, len(ready), MAX_MATRICES):
-                together = ready[start : start + MAX_MATRICES]
+            for start in range(0, len(ready), MAX_SHARED):
+                together = ready[start : start + MAX_SHARED]
                 if len(together) > 1:
                     _merge(graph, first, together)
                     merged += 1

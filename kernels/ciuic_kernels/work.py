@@ -41,9 +41,6 @@ ANY = 255
 ANY_SPARSE = 254
 """The same for sparse blocks, whose decoder needs more registers."""
 
-EDGE_KINDS = 2
-"""Those two, which a kernel can have beside its grids."""
-
 LINEAR_SLOTS = 8
 """Rows of counters of a matrix: up to so many tiles of tokens, programs share strips."""
 

@@ -268,6 +268,29 @@ def test_families_by_name_and_width() -> None:
     assert families({}) == []
 
 
+def test_vmap_multiplies_apart(model: Attention, launches: list[str]) -> None:
+    x = new_x()
+    assert_right(model, x, torch.vmap(model)(x))
+    assert "linears_kernel" not in launches
+
+
+def test_the_pass_calls_one_that_was_there_before() -> None:
+    from torch._inductor import config
+
+    from ciuic_kernels.inductor import MergeLinears, install
+
+    seen: list[torch.fx.Graph] = []
+    with config.patch(post_grad_custom_pre_pass=seen.append):
+        install()
+        install()
+        installed = config.post_grad_custom_pre_pass
+        assert isinstance(installed, MergeLinears) and installed.earlier == seen.append
+        installed(graph := torch.fx.Graph())
+        assert seen == [graph]
+        assert installed.uuid() is None
+    assert MergeLinears().uuid() is not None
+
+
 def test_inductor_merges_what_has_the_same_input(launches: list[str]) -> None:
     """Whatever the modules are called, without a graph break; an input written to in between is another one."""
     from torch._inductor import config

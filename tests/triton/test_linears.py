@@ -163,4 +163,5 @@ def test_sharing_is_decided_by_tile_and_kinds() -> None:
     assert shares_launch(few, [one, [*one, ANY], [grids[1], ANY_SPARSE]])
     assert not shares_launch(many, [one, one])
     assert not shares_launch(few, [[grids[0]], [grids[1]], [grids[2]]])
-    assert shares_launch(few, [all_of_them, one])
+    assert shares_launch(few, [all_of_them, [*one, ANY]])
+    assert not shares_launch(few, [one])

@@ -11,8 +11,6 @@ from ciuic_kernels.ops._products import check_input, reshaped
 from ciuic_kernels.ops.linear import linear, linear_backward_op
 from ciuic_kernels.selection import LINEAR, Launch, shares_launch
 
-MAX_MATRICES = 3
-
 
 def linears(
     x: Tensor,
@@ -45,15 +43,7 @@ def linears(
     Raises:
         ValueError: for an x of the wrong width, kind or device, or lists of different lengths.
     """
-    if (
-        not len(arenas)
-        == len(tags)
-        == len(offsets)
-        == len(works)
-        == len(kind_counts)
-        == len(biased)
-        == len(rows)
-    ):
+    if len({len(each) for each in (arenas, tags, offsets, works, kind_counts, biased, rows)}) > 1:
         raise ValueError("linears needs one entry for each matrix in every list but kinds and biases.")
     if len(biases) != sum(biased):
         raise ValueError(f"linears got {len(biases)} biases for the {sum(biased)} matrices that have one.")
@@ -85,7 +75,7 @@ def _shared_launch(
 ) -> Launch | None:
     """How to launch all products at once; None where each has its own."""
     tokens, cols = flat.shape
-    if not tokens or not 1 < len(rows) <= MAX_MATRICES or not use_triton(flat.device):
+    if not tokens or not use_triton(flat.device):
         return None
     launch = product_choice(LINEAR, tokens, sum(rows) * cols, flat.dtype, flat.device).launch
     one_dtype = len({bias.dtype for bias in biases}) < 2

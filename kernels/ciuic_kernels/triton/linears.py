@@ -16,13 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ciuic_kernels.format import BLOCK_ROWS, ceil_div
-from ciuic_kernels.selection import Launch
+from ciuic_kernels.selection import MAX_SHARED, Launch
 from ciuic_kernels.triton._blocks import COLS, ROWS, interpreted
 from ciuic_kernels.triton._launch import start
 from ciuic_kernels.triton.linear import multiply_strip
 from ciuic_kernels.work import LINEAR_SLOTS, WorkShape, compiled_kinds
-
-MAX_MATRICES = 3
 
 
 @triton.jit
@@ -137,4 +135,4 @@ def linears(
 def _three(values: Sequence[Any], missing: Any = None) -> list[Any]:
     """Two or three values as three: the last one again, or ``missing``, for a matrix that is not there."""
     spare = values[-1] if missing is None else missing
-    return [*values, *[spare] * (MAX_MATRICES - len(values))]
+    return [*values, *[spare] * (MAX_SHARED - len(values))]
