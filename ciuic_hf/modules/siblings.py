@@ -191,7 +191,8 @@ def families(widths: Mapping[str, int]) -> list[tuple[str, list[str]]]:
         for below in endings
         if name == below or name.endswith(f".{below}")
     )
-    groups, taken = [], set[str]()
+    groups: list[tuple[str, list[str]]] = []
+    taken: set[str] = set()
     for parent in parents:
         for family in FAMILIES:
             found = [b for b in family if parent + b in widths and parent + b not in taken]
