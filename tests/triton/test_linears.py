@@ -22,7 +22,7 @@ from tests.triton.test_products import FEW
 pytestmark = needs_interpreter
 HALF = torch.float16
 ONE_GRID, TWO_GRIDS, EDGES = ("grid4_g64",), ("grid4_g64", "grid3_g32"), ("grid4_g64", "raw_fp16", "zero")
-MANY = ("grid2_g64", "grid3_g64", "grid5_g64", "sparse2_16")
+MANY = ("grid2_g64", "grid3_g64", "grid5_g64")
 
 
 @pytest.fixture
