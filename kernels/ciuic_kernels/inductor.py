@@ -50,7 +50,7 @@ def merge_linears(graph: fx.Graph) -> int:
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.ciuic.linear.default):
         if _is_for_kernels(node):
-            groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+            groups.setdefault(node.args[0], []).append(node)
     merged = 0
     if any(len(nodes) > 1 for nodes in groups.values()):
         compute_mutation_region_ids(graph)
@@ -68,10 +68,11 @@ def merge_linears(graph: fx.Graph) -> int:
 
 def _is_for_kernels(node: fx.Node) -> bool:
     """Whether GPU kernels run, and x may have few enough tokens for one launch."""
-    x, work, cols = node.args[0], node.args[4], node.args[8]
-    size = x.meta["val"].numel()  # type: ignore[union-attr]
-    few = not isinstance(size, int) or size <= SHARED_BLOCK_M * cols  # type: ignore[operator]
-    return few and work.meta["val"].numel() > 0  # type: ignore[union-attr]
+    arguments: Any = node.args
+    x, work, cols = arguments[0], arguments[4], arguments[8]
+    size = x.meta["val"].numel()
+    few = not isinstance(size, int) or size <= SHARED_BLOCK_M * cols
+    return few and bool(work.meta["val"].numel() > 0)
 
 
 def _is_ready(node: fx.Node, first: fx.Node, place: dict[fx.Node, int]) -> bool:

@@ -55,7 +55,7 @@ def linears(
     launch = _shared_launch(flat, own, biases, rows)
     if launch is None:
         each = zip(arenas, tags, offsets, works, own, bias_of, rows, strict=True)
-        return [linear(x, *stored, cols) for stored in each]
+        return [linear(x, a, t, o, w, k, bias, n, cols) for a, t, o, w, k, bias, n in each]
     from ciuic_kernels.triton.linears import linears as one_launch  # the first kernel imports Triton
 
     outs = one_launch(
@@ -123,7 +123,8 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor | Non
         if has_bias
     ]
     none = [None] * count
-    no_kinds = None if any(ctx.kinds) else []  # type: ignore[attr-defined]  # torch takes [] for a list of tensors
+    has_kinds = any(ctx.kinds)  # type: ignore[attr-defined]
+    no_kinds: list[Tensor] | None = None if has_kinds else []  # torch takes [] for a list of tensors
     return grad_x, none, none, none, none, no_kinds, None, grad_biases, None, None, None
 
 
