@@ -309,7 +309,7 @@ def test_inductor_merges_what_has_the_same_input(launches: list[str]) -> None:
     x = new_x()
     expected = twice(x)
     launches.clear()
-    with config.patch(post_grad_custom_pre_pass=MergeLinears(), force_disable_caches=True):
+    with config.patch(post_grad_custom_pre_pass=MergeLinears()):
         y = torch.compile(twice, fullgraph=True)(x)
     assert launches == ["linears_kernel", "linear_kernel"]
     torch.testing.assert_close(y, expected, atol=0.02, rtol=0.01)

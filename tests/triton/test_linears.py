@@ -22,7 +22,7 @@ from tests.triton.test_products import FEW
 pytestmark = needs_interpreter
 HALF = torch.float16
 ONE_GRID, TWO_GRIDS, EDGES = ("grid4_g64",), ("grid4_g64", "grid3_g32"), ("grid4_g64", "raw_fp16", "zero")
-MANY = ("grid2_g64", "grid3_g64", "grid5_g64")
+MANY = ("grid2_g64", "grid3_g64", "grid5_g64", "grid6_g64", "grid8_g64", "grid2_g32")
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_products_of_any_sizes(
 def test_what_shares_a_launch(
     codecs: tuple[tuple[str, ...], ...], shared: bool, launches: list[str], poisoned_empty: None
 ) -> None:
-    operands = [sample((128, 256), seed, own) for seed, own in enumerate(codecs)]
-    x = activations(2, 256, dtype=HALF)
+    operands = [sample((128, 512), seed, own) for seed, own in enumerate(codecs)]
+    x = activations(2, 512, dtype=HALF)
     for y, w in zip(products(x, operands, [None] * len(operands)), operands, strict=True):
         assert_product(y, x, w.dense)
     assert launches == (["linears_kernel"] if shared else ["linear_kernel"] * len(operands))
