@@ -291,6 +291,7 @@ def test_the_pass_calls_one_that_was_there_before() -> None:
     assert MergeLinears().uuid() is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # Inductor imports what torch deprecates
 def test_inductor_merges_what_has_the_same_input(launches: list[str]) -> None:
     """Whatever the modules are called, without a graph break; an input written to in between is another one."""
     from torch._inductor import config
