@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from rich.table import Table
 from ciuic_hf.bench.kernels.shapes import WeightShape
 from ciuic_hf.checkpoint import read_config
 from ciuic_hf.inspection import inspect_checkpoint
+from ciuic_hf.modules.siblings import families
 from ciuic_kernels.device import DeviceFacts
 from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, ceil_div
-from ciuic_kernels.selection import EXPERTS, Choice, Rule, choose
+from ciuic_kernels.selection import EXPERTS, SHARED_BLOCK_M, Choice, Rule, choose
 from ciuic_kernels.work import ROUTED_SLOTS
 
 MAX_TOKENS = 8192
@@ -100,21 +102,39 @@ def _value(config: dict[str, Any], key: str) -> Any:
     return config.get(key, (config.get("text_config") or {}).get(key))
 
 
+def checkpoint_groups(directory: Path) -> list[str]:
+    """The linears of a checkpoint that are tried in one launch, such as ``2 x gate_proj + up_proj``."""
+    linears = [p for p in inspect_checkpoint(directory).compressed if len(p.shape) == 2]
+    widths = {p.name.removesuffix(".weight"): p.shape[1] for p in linears if p.name.endswith(".weight")}
+    counts = Counter(" + ".join(members) for _, members in families(widths))
+    return [f"{count} x {members}" for members, count in counts.items()]
+
+
 def label(shape: WeightShape) -> str:
     """A shape and whether its blocks are of several codecs."""
     return f"{shape}, {'several codecs' if shape.mixed else 'one codec'}"
 
 
 def dispatch_table(
-    shapes: Iterable[WeightShape], facts: DeviceFacts, rules: Sequence[Rule], source: str
+    shapes: Iterable[WeightShape],
+    facts: DeviceFacts,
+    rules: Sequence[Rule],
+    source: str,
+    groups: Sequence[str] = (),
 ) -> Table:
     """One line for each shape and range of tokens.
 
     Args:
         source: where the rules come from.
+        groups: linears that are tried in one launch.
     """
     title = f"{facts.name or facts.kind}, bfloat16, rules: {source}"
-    shown = Table(title=title, box=box.ROUNDED)
+    caption = (
+        f"in one launch up to {SHARED_BLOCK_M} tokens, if few kinds meet: {', '.join(groups)}"
+        if groups
+        else None
+    )
+    shown = Table(title=title, caption=caption, box=box.ROUNDED)
     for heading in ("weight", "tokens", "kernel", "launch", "why"):
         shown.add_column(heading, justify="right" if heading == "tokens" else "left", overflow="fold")
     for shape in shapes:

@@ -156,7 +156,7 @@ def _say_where(console: Console, png: Path | None) -> None:
 
 
 def _show_dispatch(arguments: argparse.Namespace) -> None:
-    from ciuic_hf.bench.dispatch import checkpoint_shapes, dispatch_table, label, routes
+    from ciuic_hf.bench.dispatch import checkpoint_groups, checkpoint_shapes, dispatch_table, label, routes
     from ciuic_hf.bench.kernels.shapes import STANDARD
 
     facts = _facts(arguments.gpu, arguments.device)
@@ -171,7 +171,8 @@ def _show_dispatch(arguments: argparse.Namespace) -> None:
         by_shape = {label(shape): [vars(route) for route in routes(shape, facts, rules)] for shape in shapes}
         print(json.dumps({"gpu": facts.name, "rules": source, "weights": by_shape}, indent=2))
     else:
-        Console().print(dispatch_table(shapes, facts, rules, source))
+        groups = checkpoint_groups(arguments.path) if arguments.path else []
+        Console().print(dispatch_table(shapes, facts, rules, source, groups))
 
 
 def _facts(gpu: str | None, device: str | None) -> DeviceFacts:

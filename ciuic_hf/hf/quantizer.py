@@ -34,6 +34,7 @@ from ciuic_hf.hf.survey import survey
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.kernels import compile_kernels
 from ciuic_hf.modules.packed import TAGS, PackedModule
+from ciuic_hf.modules.siblings import group_siblings
 from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
 from ciuic_hf.planning.moments import InputMoments
 from ciuic_hf.planning.plan import ModelPlan
@@ -229,6 +230,7 @@ class CiuicQuantizer(HfQuantizer):
                 module.prepare()
             except CiuicError as error:
                 raise CiuicError(f"{name}: {error}") from None
+        group_siblings(model)
         self._on_gpu_kernels = all(
             use_triton(weight.device)
             for _, module in compressed_modules(model)

@@ -18,6 +18,7 @@ from ciuic_hf.errors import CiuicError
 from ciuic_hf.memory import release_freed_memory
 from ciuic_hf.modules.allocation import adapt_targets, allocate_targets, is_pooled
 from ciuic_hf.modules.packed import TAGS, PackedModule
+from ciuic_hf.modules.siblings import group_siblings
 from ciuic_hf.modules.swap import adopt_module, compressed_modules
 from ciuic_hf.modules.targets import Kept, Target, find_targets
 from ciuic_kernels import PackedTensor, codec_by_id
@@ -84,6 +85,7 @@ def compress_in_place(model: nn.Module, choose: Choose, encode: Encode = _encode
     errors: dict[str, float] = {}
     for name, group in by_module.items():
         errors |= _compress_module(model, name, group, ties, encode)
+    group_siblings(model)
     return Outcome(targets, kept, errors)
 
 

@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from ciuic_hf.modules.embedding import CiuicEmbedding
 from ciuic_hf.modules.experts import CiuicExperts
+from ciuic_hf.modules.linear import CiuicLinear
 from ciuic_hf.modules.packed import PackedModule
+from ciuic_hf.modules.siblings import multiply
 from ciuic_kernels.device import device_facts
-from ciuic_kernels.selection import EXPERTS, LINEAR
+from ciuic_kernels.selection import EXPERTS, LINEAR, SHARED_BLOCK_M
 from ciuic_kernels.tuning import rules_for, triton_minor
 from ciuic_kernels.work import ROUTED_SLOTS
 
@@ -25,7 +26,8 @@ def compile_kernels(
 ) -> int:
     """Compile what the products of these modules start at up to ``MOST_TOKENS`` tokens; no product is computed.
 
-    Modules that need the same kernels are rehearsed once. Kernels of earlier runs come from Triton's cache.
+    Modules that need the same kernels are rehearsed once, and so are linears that share launches. Kernels of earlier
+    runs come from Triton's cache.
 
     Args:
         modules: on devices that the Triton kernels serve.
@@ -40,12 +42,24 @@ def compile_kernels(
 
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    modules = list(modules)
     distinct = {_needs(module): module for module in modules}
+    groups = {tuple(map(_needs, group)): group for group in _groups(modules)}
     with compiling(workers) as compiled, torch.no_grad():
         for module in distinct.values():
             for tokens in _tokens(module, routed):
                 _rehearse(module, tokens, dtype, routed)
+        for group in groups.values():
+            for tokens in _tokens(group[0], routed):
+                if tokens <= SHARED_BLOCK_M:
+                    multiply(group, _inputs(group[0], tokens, dtype))
     return len(compiled)
+
+
+def _groups(modules: Iterable[PackedModule]) -> list[list[CiuicLinear]]:
+    linears = [m for m in modules if isinstance(m, CiuicLinear) and m._siblings is not None]
+    siblings = {id(m._siblings[0]): m._siblings[0] for m in linears if m._siblings is not None}
+    return [members for group in siblings.values() if (members := group.members())]
 
 
 def _tokens(module: PackedModule, routed: int) -> list[int]:
@@ -88,5 +102,9 @@ def _rehearse(module: PackedModule, tokens: int, dtype: torch.dtype, routed: int
         ids = torch.zeros(tokens, routed, dtype=torch.int64, device=device)
         x = torch.zeros(tokens, hidden, dtype=dtype, device=device)
         module(x, ids, torch.zeros(tokens, routed, dtype=dtype, device=device))
-    elif isinstance(module, nn.Linear):
-        module(torch.zeros(tokens, module.in_features, dtype=dtype, device=device))
+    elif isinstance(module, CiuicLinear):
+        module.product(_inputs(module, tokens, dtype))
+
+
+def _inputs(linear: CiuicLinear, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(tokens, linear.in_features, dtype=dtype, device=_device(linear))

@@ -12,6 +12,7 @@ from ciuic_hf.compressor.adaptive import adaptive_codecs
 from ciuic_hf.config import ADAPTIVE, RAW, CompressionIntent, Setting, check_setting
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.modules.packed import TAGS, PackedModule, adopt
+from ciuic_hf.modules.siblings import Siblings
 from ciuic_hf.planning.uniform import codec_ids
 from ciuic_kernels import BlockGrid, PackedTensor, ops
 from ciuic_kernels.format import empty_packed
@@ -46,6 +47,7 @@ class CiuicLinear(PackedModule, nn.Linear):
     trains_weight = False
     setting: Setting
     _requires_grad: bool
+    _siblings: tuple[Siblings, int] | None = None  # linears with the same input, and its place among them
     _last: PackedTensor | None = None  # while in training: what the weight was decoded from
 
     def __init__(
@@ -95,7 +97,7 @@ class CiuicLinear(PackedModule, nn.Linear):
         return nn.Linear
 
     def restore(self, dtype: torch.dtype) -> nn.Module:
-        for name in ("trains_weight", "setting", "_requires_grad", "_last"):
+        for name in ("trains_weight", "setting", "_requires_grad", "_last", "_siblings"):
             self.__dict__.pop(name, None)
         return super().restore(dtype)
 
@@ -103,8 +105,27 @@ class CiuicLinear(PackedModule, nn.Linear):
         """``[..., K] -> [..., N]`` in the input's dtype."""
         if not self.is_compressed:
             return nn.functional.linear(input, self.weight, self.bias)
+        if (
+            self._siblings is not None
+            and not torch.compiler.is_compiling()
+            and self.derived(WEIGHT).work.numel()
+        ):
+            siblings, place = self._siblings
+            output = siblings.output(place, self, input)
+            if output is not None:
+                return output
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """``forward`` of a compressed weight, apart from its siblings."""
         rows, cols = self.out_features, self.in_features
         return ops.linear(input, self.weight, self.weight_tags, *self.derived(WEIGHT), self.bias, rows, cols)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._siblings is not None:  # a copy: its group is one too, of those that are copied with it
+            siblings, place = self._siblings
+            siblings.join(place, self)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, with the full weight where it was constructed to train; or eval mode, compressed."""

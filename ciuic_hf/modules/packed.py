@@ -76,6 +76,8 @@ class PackedModule(nn.Module):
             raise CiuicError(f"{name} can only be replaced by blocks of the same shape and codecs.")
         getattr(self, name).data = packed.arena.to(old.arena.device)
         getattr(self, name + TAGS).data = packed.tags.to(old.tags.device)
+        self._forget(name)  # a work table holds the exponents of the tags
+        self.prepare()
 
     @property
     def is_compressed(self) -> bool:

@@ -94,7 +94,7 @@ class Step:
         """``width`` values for each token."""
         if "held" in more:
             more["held"] *= self.batch.tokens
-        self._found[name] = Saved(width * self.batch.tokens, itemsize, **more)  # type: ignore[arg-type]
+        self._found[name] = Saved(width * self.batch.tokens, itemsize, **more)
 
     def _norm(self, name: str, width: int, heads: int = 1) -> None:
         """In float32, computed from a cast copy."""

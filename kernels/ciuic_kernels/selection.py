@@ -15,6 +15,7 @@ import torch
 
 from ciuic_kernels.device import DeviceFacts
 from ciuic_kernels.format import ceil_div
+from ciuic_kernels.work import ANY_SPARSE, MAX_EXACT, compiled_kinds
 
 MAX_TOKENS = 1 << 62
 LINEAR, EXPERTS = "linear", "expert_linear"
@@ -22,6 +23,12 @@ SIZES = {"small": 16 << 20, "medium": 60 << 20, "large": MAX_TOKENS}
 """Classes of matrices by the largest number of weights in each."""
 
 PROGRAMS_PER_PROCESSOR = 8
+
+MAX_SHARED = 3
+"""So many matrices at most are multiplied in one launch."""
+
+SHARED_BLOCK_M = 32
+"""Tiles of so many tokens at most: products of more are long beside their launch, and kinds would halve the tile."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,22 @@ class Choice:
     name: str
     launch: Launch | None
     reason: str
+
+
+def shares_launch(launch: Launch, kinds: Sequence[Sequence[int]]) -> bool:
+    """Whether matrices of these kinds of blocks, with the same x, are multiplied in one launch.
+
+    Not where a kernel of one or two kinds would become one of all: a program looks for each in turn, which takes a
+    few microseconds, as much as the launches that are saved. Where one of the matrices mixes so many, it is no loss.
+    """
+    if not 1 < len(kinds) <= MAX_SHARED or launch.block_m > SHARED_BLOCK_M:
+        return False
+    together = _compiled_grids({kind for own in kinds for kind in own})
+    return together <= max(MAX_EXACT, *(_compiled_grids(set(own)) for own in kinds))
+
+
+def _compiled_grids(kinds: set[int]) -> int:
+    return sum(kind < ANY_SPARSE for kind in compiled_kinds(tuple(sorted(kinds))))
 
 
 def size_class(weights: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -45,6 +46,13 @@ def operand(shape: tuple[int, ...]) -> Operand:
         packed = packed_sample(shape)
         derived = derive(packed.tags, packed.grid, packed.arena.numel())
         return Operand(packed.arena, packed.tags, derived, decode_tensor(packed))
+
+
+def together(operands: Sequence[Operand]) -> tuple[list[Tensor] | list[int], ...]:
+    """What ``linears`` takes of several parameters, from the arenas to the number of kinds."""
+    arenas, tags, offsets, works, kinds = zip(*(o.stored for o in operands), strict=True)
+    tensors = (list(arenas), list(tags), list(offsets), list(works))
+    return *tensors, [kind for own in kinds for kind in own], [len(own) for own in kinds]
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

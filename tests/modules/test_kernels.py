@@ -19,6 +19,7 @@ from ciuic_hf.modules.experts import adopt_experts
 from ciuic_hf.modules.kernels import compile_kernels
 from ciuic_hf.modules.linear import CiuicLinear
 from ciuic_hf.modules.packed import PackedModule
+from ciuic_hf.modules.siblings import group_siblings, multiply
 from tests.kernels.samples import packed_sample
 from tests.triton.interpreted import gpu_kernels, needs_interpreter
 from tests.triton.measurement import ROOT
@@ -85,6 +86,25 @@ def test_equal_modules_are_rehearsed_once(starts: list[tuple[bool, tuple[Any, ..
     alone = len(starts)
     compile_kernels([one, same], HALF, ROUTED, workers=1)
     assert len(starts) == 2 * alone
+
+
+@needs_interpreter
+def test_launches_of_siblings_are_compiled(starts: list[tuple[bool, tuple[Any, ...]]]) -> None:
+    linears = [
+        CiuicLinear.from_packed(packed_sample((64, 128), 1, codecs), dtype=HALF)
+        for codecs in (("grid4_g64",), ("grid6_g32",))
+    ]
+    parent = torch.nn.ModuleDict(dict(zip(("gate_proj", "up_proj"), linears, strict=True)))
+    assert group_siblings(parent)
+    compile_kernels(linears, HALF, ROUTED, workers=1)
+    compiled = {kernel for only_compiled, kernel in starts if only_compiled}
+    starts.clear()
+    for tokens in (1, 9, 17, 32):
+        multiply(linears, torch.zeros(tokens, 128, dtype=HALF))
+    started = {kernel for _, kernel in starts}
+    assert {name for name, *_ in started} == {"linears_kernel"}
+    assert len(started) == 3
+    assert started <= compiled
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ class Case:
     """One compilation.
 
     Attributes:
-        kernel: ``linear``, ``experts_few``, ``experts_many``, ``dequantize`` or ``embedding``.
+        kernel: ``linear``, ``linears``, ``experts_few``, ``experts_many``, ``dequantize`` or ``embedding``.
         arch: compute capability times ten.
         dtype: ``bf16`` or ``fp16``.
         kinds: as in ``work.build_work``.
@@ -104,6 +104,11 @@ def _others(arch: int) -> Iterator[Case]:
     yield Case("embedding", arch, "bf16", (), (0, 1, 3))
 
 
+def sibling_cases() -> list[Case]:
+    """Several matrices in one launch: their loops are those of ``linear``, so one kind, and the pinned Triton, do."""
+    return [Case("linears", 90, "bf16", (TYPICAL,))]
+
+
 def fast_cases() -> list[Case]:
     """For every change: all kinds in decode on sm_90, one or two of everything else."""
     cases = [Case("linear", 90, "bf16", (kind,)) for kind in (*ALL_KINDS, ANY)]
@@ -115,13 +120,13 @@ def fast_cases() -> list[Case]:
         Case("experts_few", 90, "bf16", MIXTURE),
         Case("experts_many", 90, "bf16", MIXTURE, MIXED_PREFILL),
     ]
-    cases += [Case("experts_few", 80, "bf16", (TYPICAL,), DECODE)]
+    cases += [Case("experts_few", 80, "bf16", (TYPICAL,), DECODE), *sibling_cases()]
     return list(dict.fromkeys(cases))
 
 
 def end_cases() -> list[Case]:
     """For the first and the last supported Triton: all kinds in decode, one or two of everything else, everywhere."""
-    cases = fast_cases()
+    cases = [case for case in fast_cases() if case not in sibling_cases()]
     cases += [Case("linear", arch, "bf16", (kind,)) for arch in ARCHES for kind in (*ALL_KINDS, ANY)]
     cases += [Case("linear", arch, "bf16", (HEAVIEST,), launch) for arch in EXTREMES for launch in LAUNCHES]
     cases += [Case("linear", arch, "bf16", MIXTURE) for arch in ARCHES]
@@ -132,7 +137,7 @@ def end_cases() -> list[Case]:
 
 def full_cases() -> list[Case]:
     """For the pinned Triton: those, float16, all launches of experts, mixtures in prefill, and odd N and K."""
-    cases = end_cases()
+    cases = [*end_cases(), *sibling_cases()]
     for arch in EXTREMES:
         cases += [Case("linear", arch, "bf16", (ANY,), launch) for launch in LAUNCHES]
         cases += [Case("experts_few", arch, "bf16", (TYPICAL,), launch) for launch in LAUNCHES]

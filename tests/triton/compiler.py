@@ -30,10 +30,11 @@ OF_DTYPE = ("x", "bias", "out")
 
 def kernel_of(name: str):
     """The ``@triton.jit`` function of a case's kernel."""
-    from ciuic_kernels.triton import dequantize, embedding, experts, linear
+    from ciuic_kernels.triton import dequantize, embedding, experts, linear, linears
 
     return {
         "linear": linear.linear_kernel,
+        "linears": linears.linears_kernel,
         "experts_few": experts.few_kernel,
         "experts_many": experts.many_kernel,
         "dequantize": dequantize.dequantize_kernel,
@@ -49,16 +50,16 @@ def compile_case(case: Case):
 
     kernel = kernel_of(case.kernel)
     values = {
-        "HAS_BIAS": False, "KINDS": case.kinds, "BM": case.block_m, "STAGES": case.launch[2],
+        "HAS_BIAS": False, "BIASED": 0, "KINDS": case.kinds, "BM": case.block_m, "STAGES": case.launch[2],
         "PAIRS": case.pairs, "HAS_SPARSE": ANY_SPARSE in case.kinds, "PLAIN": False,
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr or name == "bias":
+        name, what = parameter.name, re.sub("_[abc]$", "", parameter.name)  # one of several matrices
+        if parameter.is_constexpr or what == "bias":
             signature[name], constants[(place,)] = "constexpr", values.get(name)
             continue
-        pointer = case.dtype if name in OF_DTYPE else POINTERS.get(name)
+        pointer = case.dtype if what in OF_DTYPE else POINTERS.get(what)
         if name == "out" and case.kernel == "experts_many" and len(case.kinds) > 1:
             pointer = "fp32"  # kinds add to it one after another
         signature[name] = f"*{pointer}" if pointer else "i32"

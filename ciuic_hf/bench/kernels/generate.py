@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, Logi
 
 from ciuic_hf.bench.kernels.operands import random_packed
 from ciuic_hf.config import CompressionIntent
+from ciuic_hf.modules.siblings import group_siblings
 from ciuic_hf.modules.swap import compressed_modules, swap_in
 from ciuic_hf.modules.targets import find_targets
 from ciuic_kernels import BlockGrid
@@ -75,6 +76,7 @@ def random_model(
                 module._buffers[name] = buffer.to(device)
     for _, packed in compressed_modules(model):
         packed.prepare()
+    group_siblings(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()

@@ -5,5 +5,6 @@ from ciuic_kernels.ops.embedding import embedding_op as embedding
 from ciuic_kernels.ops.expert_low_rank import expert_low_rank_op as expert_low_rank
 from ciuic_kernels.ops.experts import expert_linear_op as expert_linear
 from ciuic_kernels.ops.linear import linear_op as linear
+from ciuic_kernels.ops.linears import linears_op as linears
 
-__all__ = ["dequantize", "embedding", "expert_linear", "expert_low_rank", "linear"]
+__all__ = ["dequantize", "embedding", "expert_linear", "expert_low_rank", "linear", "linears"]

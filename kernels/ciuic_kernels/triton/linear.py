@@ -65,6 +65,81 @@ def linear_run(
     tl.store(at, total)
 
 
+@triton.jit
+def multiply_strip(
+    x,
+    arena,
+    work,
+    bias,
+    out,
+    workspace,
+    counter,
+    place,
+    strip,
+    part,
+    tile,
+    m,
+    n,
+    k,
+    biased,
+    parts,
+    items,
+    strips,
+    items_at,
+    strips_at,
+    HAS_BIAS: tl.constexpr,
+    KINDS: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """One part of a strip times a tile of tokens; the last part to arrive stores the rows of ``out [m, n]``.
+
+    Args:
+        counter: pointer to the counter of the strip and tile.
+        place: number of the strip and tile in the launch, which is where the workspace has their sums.
+        biased: rows of ``bias``.
+    """
+    token = tile * BM + tl.arange(0, BM)
+    x_rows = rows_of_x(x, tile, m, k, BM)
+    matrix = strip.to(tl.int64) * 0
+    MIXED: tl.constexpr = len(KINDS) > 1
+    if MIXED:
+        sums = workspace + (place.to(tl.int64) * parts + part) * (ROWS * BM)
+        base, at, end = share_of_strip(work, matrix, strip, part, parts, items, strips, strips_at)
+        item = work + items_at + 3 * base
+        stored = part * 0
+        for i in tl.static_range(len(KINDS)):
+            first, count, at = next_run(item, at, end, KINDS[i])
+            if count > 0:
+                linear_run(
+                    x, arena, work, sums, first, count, stored, strip, tile, m, n, k, KINDS[i], BM, STAGES, PLAIN
+                )  # fmt: skip
+                stored = 1 + part * 0
+                tl.debug_barrier()  # the next function may give other elements to a thread
+        total = tl.zeros((ROWS, BM), tl.float32)
+        if stored == 0:
+            tl.store(tile_of(sums, BM), total)
+            tl.debug_barrier()
+    elif len(KINDS) == 1:
+        total = part_of_strip(
+            arena, work, matrix, strip, part, parts, x_rows, n, k, items, strips, items_at, strips_at,
+            KINDS[0], BM, STAGES, PLAIN,
+        )  # fmt: skip
+    else:
+        total = tl.zeros((ROWS, BM), tl.float32)
+    complete = parts == 1
+    if parts > 1:
+        total, complete = sum_of_parts(total, workspace, counter, place.to(tl.int64), part, parts, BM, MIXED)
+    elif MIXED:
+        total = tl.load(tile_of(sums, BM))
+    if complete:
+        if HAS_BIAS:
+            row = strip * ROWS + tl.arange(0, ROWS)
+            total += tl.load(bias + row, mask=row < biased, other=0.0).to(tl.float32)[:, None]
+        store_rows(total, out, token, token < m, strip, n)
+
+
 @triton.jit(do_not_specialize=["m", "parts", "items", "strips", "items_at", "strips_at", "counters_at"])
 def linear_kernel(
     x,
@@ -91,46 +166,12 @@ def linear_kernel(
     strip = tl.program_id(0)
     part = tl.program_id(1)
     tile = tl.program_id(2)
-    token = tile * BM + tl.arange(0, BM)
-    x_rows = rows_of_x(x, tile, m, k, BM)
-    matrix = strip.to(tl.int64) * 0
-    MIXED: tl.constexpr = len(KINDS) > 1
-    if MIXED:
-        sums = workspace + ((tile * strips + strip).to(tl.int64) * parts + part) * (ROWS * BM)
-        base, at, end = share_of_strip(work, matrix, strip, part, parts, items, strips, strips_at)
-        item = work + items_at + 3 * base
-        stored = part * 0
-        for i in tl.static_range(len(KINDS)):
-            first, count, at = next_run(item, at, end, KINDS[i])
-            if count > 0:
-                linear_run(
-                    x, arena, work, sums, first, count, stored, strip, tile, m, n, k, KINDS[i], BM, STAGES, PLAIN
-                )  # fmt: skip
-                stored = 1 + part * 0
-                tl.debug_barrier()  # the next function may give other elements to a thread
-        total = tl.zeros((ROWS, BM), tl.float32)
-        if stored == 0:
-            tl.store(tile_of(sums, BM), total)
-            tl.debug_barrier()
-    elif len(KINDS) == 1:
-        total = part_of_strip(
-            arena, work, matrix, strip, part, parts, x_rows, n, k, items, strips, items_at, strips_at,
-            KINDS[0], BM, STAGES, PLAIN,
-        )  # fmt: skip
-    else:
-        total = tl.zeros((ROWS, BM), tl.float32)
-    complete = parts == 1
-    if parts > 1:
-        slot = tile * strips + strip
-        counter = work + counters_at + slot
-        total, complete = sum_of_parts(total, workspace, counter, slot.to(tl.int64), part, parts, BM, MIXED)
-    elif MIXED:
-        total = tl.load(tile_of(sums, BM))
-    if complete:
-        if HAS_BIAS:
-            row = strip * ROWS + tl.arange(0, ROWS)
-            total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
-        store_rows(total, out, token, token < m, strip, n)
+    place = tile * strips + strip
+    counter = work + counters_at + place
+    multiply_strip(
+        x, arena, work, bias, out, workspace, counter, place, strip, part, tile, m, n, k, n, parts,
+        items, strips, items_at, strips_at, HAS_BIAS, KINDS, BM, STAGES, PLAIN,
+    )  # fmt: skip
 
 
 def linear(
