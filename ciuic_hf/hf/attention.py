@@ -172,7 +172,10 @@ class NoGradient(torch.autograd.Function):
 def _expand_kv(self: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
     """In the place of a module's ``expand_kv``: leaves latents in a CiuicCache as they are for ``ciuic`` attention."""
     original = type(self).expand_kv
-    if isinstance(getattr(kv_nope, "history", None), StaticHistory):
+    if (
+        isinstance(getattr(kv_nope, "history", None), StaticHistory)
+        and self.config._attn_implementation == NAME
+    ):
         return expand_static(self, kv_nope, k_rot, original)
     if not isinstance(kv_nope, CachedStates) or self.config._attn_implementation != NAME:
         expanded: tuple[Tensor, Tensor] = original(self, kv_nope, k_rot)

@@ -2,8 +2,8 @@
 
 ``GenerationMixin._prepare_cache_for_generation`` chooses the cache of a call and has no hook, so it is wrapped when the
 first CiuicCache is made, which a load with ``cache_bits`` does: a model loaded so gets a CiuicCache where it would get
-a DynamicCache, one of fixed length where it would get a StaticCache, and a model that is given a CiuicCache is switched to the attention that reads it (docs/adr/018).
-Nothing changes for others.
+a DynamicCache, one of fixed length where it would get a StaticCache, and a model that is given a CiuicCache is switched
+to the attention that reads it (docs/adr/018). Nothing changes for others.
 """
 
 from __future__ import annotations

@@ -64,11 +64,12 @@ class CiuicStaticLayer(StaticLayer):
         latent: widths of latent and rotary part where the model caches those.
     """
 
-    def __init__(self, max_cache_len: int, bits: int, latent: tuple[int, int] | None = None) -> None:
+    store: StaticStore | None = None
+    is_empty = True  # known without asking the device
+
+    def __init__(self, max_cache_len: int, bits: int = 4, latent: tuple[int, int] | None = None) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.bits, self._latent = bits, latent
-        self.store: StaticStore | None = None
-        self.is_empty = True  # known without asking the device
 
     @property
     def nbytes(self) -> int:
@@ -129,8 +130,8 @@ class CiuicStaticLayer(StaticLayer):
             if new.shape[:2] != cached.shape[:2] or new.shape[3] != cached.shape[3]:
                 shown = [f"{x.shape[0]} sequences, {x.shape[1]} heads of {x.shape[3]}" for x in (cached, new)]
                 raise CiuicError(
-                    f"This static cache was made for {shown[0]}, the model gives {shown[1]}; make a CiuicCache for each "
-                    "model and batch size."
+                    f"This static cache was made for {shown[0]}, the model gives {shown[1]}; make a CiuicCache for "
+                    "each model and batch size."
                 )
             if new.dtype != cached.dtype:
                 raise CiuicError(
@@ -141,7 +142,7 @@ class CiuicStaticLayer(StaticLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.is_empty else self.max_cache_len), 0
 
-    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+    def get_seq_length(self) -> int | Tensor:
         return 0 if self.store is None or self.is_empty else self.store.length
 
     def reset(self) -> None:
@@ -199,9 +200,9 @@ def _numbers(indices: Tensor) -> Tensor:
 class CiuicStaticIndexedLayer(StaticIndexedLayer, CiuicStaticLayer):
     """One layer of sparse attention (DeepSeek-V3.2): the keys of its indexer stay as they are."""
 
-    def __init__(self, max_cache_len: int, bits: int, latent: tuple[int, int] | None = None) -> None:
-        super().__init__(max_cache_len=max_cache_len)
-        CiuicStaticLayer.__init__(self, max_cache_len, bits, latent)
+    def __init__(self, max_cache_len: int, bits: int = 4, latent: tuple[int, int] | None = None) -> None:
+        StaticIndexedLayer.__init__(self, max_cache_len=max_cache_len)  # passes nothing on
+        self.bits, self._latent = bits, latent
         self._visible = max_cache_len
 
     def update(
@@ -223,7 +224,7 @@ class CiuicStaticIndexedLayer(StaticIndexedLayer, CiuicStaticLayer):
     def _map_batch(self, fn: Callable[[Tensor, int], Tensor]) -> None:
         super()._map_batch(fn)
         if self.is_indexer_initialized:
-            self.indexer_keys = fn(self.indexer_keys, 0)
+            self.indexer_keys: Tensor = fn(self.indexer_keys, 0)
 
 
 def attend_static_cache(
@@ -245,7 +246,7 @@ def attend_static_cache(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     compiling, latents = torch.compiler.is_compiling(), history.latent and has_latents(module)
     up = KvUpProjection(module) if latents else None
-    if dropout or kwargs.get("position_bias") is not None or (compiling and up and not up.can_absorb):
+    if dropout or kwargs.get("position_bias") is not None:
         states = [x.compute() if isinstance(x, Deferred) else x for x in (key, value)]
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, *states, mask, dropout=dropout, scaling=scale, **kwargs
@@ -269,16 +270,21 @@ def attend_static_cache(
 def expand_static(
     module: Any, kv_nope: Tensor, k_rot: Tensor, original: Callable[..., tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """``expand_kv`` for latents in a static cache: what the original makes of them, when it is needed."""
+    """``expand_kv`` for latents in a static cache: what the original makes of them, when it is needed.
+
+    A compiler gets the latents themselves where attention can absorb the projection, and all of it expanded elsewhere.
+    """
     history: StaticHistory = kv_nope.history  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
+        absorbs = KvUpProjection(module).can_absorb and not module.training
+        return (kv_nope, k_rot) if absorbs else original(module, kv_nope.clone(), k_rot)
     length, rows = kv_nope.shape[2], module.qk_nope_head_dim + module.v_head_dim
     heads = module.kv_b_proj.out_features // rows
     states = []
     for which, width in enumerate((module.qk_nope_head_dim + module.qk_rope_head_dim, module.v_head_dim)):
 
         def expand(which: int = which) -> Tensor:
-            latents = [x.compute() if isinstance(x, Deferred) else x for x in (kv_nope, k_rot)]
-            return original(module, *latents)[which]
+            return original(module, kv_nope.compute(), k_rot.compute())[which]  # type: ignore[attr-defined]
 
         states.append(_states(history, (kv_nope.shape[0], heads, length, width), expand, notice=False))
     return states[0], states[1]

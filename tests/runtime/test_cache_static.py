@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +15,7 @@ from ciuic_hf.errors import CiuicError
 from ciuic_hf.planning.cache_formats import CACHE_BITS, CHUNK, TAIL, cache_formats, static_tail
 from ciuic_hf.planning.tiles import LatentShape
 from ciuic_hf.runtime.cache.attention import Mask, attend
+from ciuic_hf.runtime.cache import static_attention, static_store
 from ciuic_hf.runtime.cache.encoding import narrow_record
 from ciuic_hf.runtime.cache.latent import attend_latent
 from ciuic_hf.runtime.cache.static_attention import (
@@ -25,6 +29,19 @@ from ciuic_hf.runtime.cache.store import History, LayerStore
 
 KINDS = [(bits, latent) for bits in CACHE_BITS for latent in (False, True)]
 SHAPE = LatentShape(rank=40, nope=16, rope=8, value=24)
+
+
+WHERE = ["host", "device"]
+
+
+@contextmanager
+def counters(where: str) -> Iterator[None]:
+    """As on a GPU where they are on the ``device``: nothing reads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "device":
+            for module in (static_store, static_attention):
+                patch.setattr(module, "can_be_read", lambda _: False)
+        yield
 
 
 def states(tokens: int, widths: tuple[int, int] = (20, 12), heads: int = 2, batch: int = 2) -> list[Tensor]:
@@ -66,16 +83,48 @@ def assert_same(static: StaticStore, dynamic: LayerStore) -> None:
     spare=st.sampled_from([0, 1, 700]),
     widths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     seed=st.integers(0, 1000),
+    where=st.sampled_from(WHERE),
 )
 def test_any_pieces_store_the_bytes_of_the_dynamic_store(
-    kind: tuple[int, bool], pieces: list[int], spare: int, widths: tuple[int, int], seed: int
+    kind: tuple[int, bool], pieces: list[int], spare: int, widths: tuple[int, int], seed: int, where: str
 ) -> None:
     torch.manual_seed(seed)
     total = sum(pieces)
-    static, dynamic = filled(kind, pieces, states(total, widths), total + spare)
-    addresses = [x.data_ptr() for x in static.tensors()]
+    with counters(where):
+        static, dynamic = filled(kind, pieces, states(total, widths), total + spare)
     assert_same(static, dynamic)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_token_at_a_time_stores_what_all_at_once_do_and_moves_nothing(kind: tuple[int, bool]) -> None:
+    with counters("device"):
+        both = states(CHUNK + 200)
+        static = StaticStore(*kind, CHUNK + 200, *both)
+        addresses = [x.data_ptr() for x in static.tensors()]
+        for i in range(CHUNK + 200):
+            static.append(static.recent(*(x[:, :, i : i + 1] for x in both)))
     assert addresses == [x.data_ptr() for x in static.tensors()]
+    assert_same(static, filled(kind, [CHUNK + 200], both, CHUNK + 200)[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 700])
+def test_nothing_is_read_from_a_device(kind: tuple[int, bool], tokens: int) -> None:
+    """On ``meta`` a counter has no value that could be read."""
+    latent = kind[1]
+    with torch.device("meta"):
+        fresh = states(tokens, (SHAPE.rank, SHAPE.rope) if latent else (24, 20), heads=1 if latent else 2)
+        store = StaticStore(*kind, 2000, *fresh)
+        history = StaticHistory.of(store, *fresh)
+        store.append(history.recent)
+        mask = torch.ones(2, 1, tokens, 2000, dtype=torch.bool)
+        if latent:
+            query, up = torch.randn(2, 4, tokens, SHAPE.nope + SHAPE.rope), Up()
+            out = [f(query, history, up, SHAPE, 0.3, mask) for f in (attend_latents, attend_expanded)]
+            assert [x.shape for x in out] == [(2, 4, tokens, SHAPE.value)] * 2
+        else:
+            out = [attend_heads(torch.randn(2, 4, tokens, 24), history, 0.3, m) for m in (mask, None)]
+            assert [x.shape for x in out] == [(2, 4, tokens, 20)] * 2
 
 
 class Up:
@@ -115,10 +164,16 @@ def masks(kind: str, queries: int, length: int, capacity: int, heads: int) -> tu
     queries=st.integers(1, 16),
     spare=st.sampled_from([0, 600]),
     mask=st.sampled_from(["causal", "dense", "bias"]),
+    where=st.sampled_from(WHERE),
 )
 def test_attention_is_that_of_the_dynamic_cache(
-    kind: tuple[int, bool], past: int, queries: int, spare: int, mask: str
+    kind: tuple[int, bool], past: int, queries: int, spare: int, mask: str, where: str
 ) -> None:
+    with counters(where):
+        compare_attention(kind, past, queries, spare, mask)
+
+
+def compare_attention(kind: tuple[int, bool], past: int, queries: int, spare: int, mask: str) -> None:
     length = past + queries
     latent = kind[1]
     both = states(length, (SHAPE.rank, SHAPE.rope) if latent else (24, 20), heads=1 if latent else 2)

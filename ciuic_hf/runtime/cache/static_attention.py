@@ -1,4 +1,4 @@
-"""Attention over a :class:`~ciuic_hf.runtime.cache.static_store.StaticStore`, by shapes that do not depend on its length.
+"""Attention over a ``StaticStore``, by shapes that do not depend on its length.
 
 Tiles run over the pages and then over tail and new tokens; what the counters exclude is hidden like any masked token.
 On a CPU the counter is read, so that pages nobody has written are not; on a GPU it never leaves the device, every page
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from ciuic_hf.runtime.cache.attention import Mask, Prepare, accumulate, compute_
 from ciuic_hf.runtime.cache.codes import rotate
 from ciuic_hf.runtime.cache.encoding import decode, narrow_record
 from ciuic_hf.runtime.cache.latent import UpProjection
-from ciuic_hf.runtime.cache.static_store import StaticStore
-from ciuic_hf.runtime.cache.store import Tile
+from ciuic_hf.runtime.cache.static_store import StaticStore, can_be_read
+from ciuic_hf.runtime.cache.store import History, Tile
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class StaticHistory:
         """Columns in order, about ``tokens`` at a time and never more than a page."""
         formats, group = self.formats, self.formats.group
         step = max(group, tokens // group * group)
-        end = int(self.packed) if self.packed.device.type == "cpu" else self.paged
+        end = int(self.packed) if can_be_read(self.packed) else self.paged
         for start in range(0, end, CHUNK):
             stop = min(CHUNK, end - start)
             for first in range(0, stop, step):
@@ -193,7 +194,7 @@ def attend_expanded(
     batch, heads = query.shape[:2]
     tokens = TILE // (batch * heads * (shape.nope + shape.value))
     queries = (nope[:, :, None], rotary[:, :, None])
-    out = accumulate(history, tokens, prepare, queries, shape.value, _StaticMask.of(history, mask))
+    out = _accumulate(history, tokens, prepare, queries, shape.value, mask)
     return out[:, :, 0].to(query.dtype)
 
 
@@ -223,7 +224,7 @@ def attend_static(
     capacity = 0 if mask is None else mask.shape[-1]
     recent = (recent_keys, recent_values)
     history = StaticHistory((keys, values), packed, past, recent, tokens, capacity, bits, latent)
-    dtype, formats, hidden = compute_dtype(query), history.formats, _StaticMask.of(history, mask)
+    dtype, formats = compute_dtype(query), history.formats
     parts = [query.to(dtype) * scale] + ([] if rotary is None else [rotary.to(dtype) * scale])
     rotates = [formats.keys.rotates, formats.values.rotates]
     parts = [rotate(x) if turned else x for x, turned in zip(parts, rotates, strict=False)]
@@ -231,10 +232,23 @@ def attend_static(
     queries = tuple(x.unflatten(1, (cached, -1)) for x in parts)
     per_token = query.shape[0] * cached * (recent_keys.shape[3] + recent_values.shape[3])
     width, prepare = _what_is_summed(history, rotary is not None)
-    out = accumulate(history, TILE // per_token, prepare, queries, width, hidden)
+    out = _accumulate(history, TILE // per_token, prepare, queries, width, mask)
     if rotates[1 if rotary is None else 0]:
         out = rotate(out)
     return out.flatten(1, 2).to(query.dtype)
+
+
+def _accumulate(
+    history: StaticHistory,
+    tokens: int,
+    prepare: Prepare,
+    queries: tuple[Tensor, ...],
+    width: int,
+    mask: Tensor | None,
+) -> Tensor:
+    """``accumulate``, which reads tiles and length of any history."""
+    hidden = _StaticMask.of(history, mask)
+    return accumulate(cast(History, history), tokens, prepare, queries, width, hidden)
 
 
 def _what_is_summed(history: StaticHistory, latents: bool) -> tuple[int, Prepare]:

@@ -3,7 +3,7 @@
 The bytes of a token are those of :mod:`ciuic_hf.runtime.cache.store`; only where they are, and who counts, differ:
 
     records  [pages, ...]        records of ``CHUNK`` tokens, for everything that can be packed within the capacity
-    tails    [B, H, T, D]        the last T tokens as they came, the newest at the end; T is the most that can be unpacked
+    tails    [B, H, T, D]        the last T tokens as they came, the newest at the end; at most T are not packed
     length   int64 []            tokens in all, on the device
     packed   int64 []            how many of them are packed, on the device
 
@@ -129,6 +129,11 @@ class StaticStore:
         self._per_sequence(lambda x, _: x.to(device, non_blocking=True))
 
 
+def can_be_read(counter: Tensor) -> bool:
+    """Whether the host reads a counter without waiting for a device."""
+    return counter.device.type == "cpu"
+
+
 def _pages(like: Tensor, pages: int, fmt: Format) -> Record:
     """Records of ``pages`` chunks, zero: what is decoded from bytes that were not written must be finite."""
     of_page = empty_record(like[:, :, :0], CHUNK, fmt)
@@ -155,7 +160,7 @@ def static_append(
     group = formats.group
     due = torch.div((length - packed + tokens - TAIL).clamp(min=0), group, rounding_mode="floor")
     slots = keys[0].shape[0] * (CHUNK // group)
-    groups = int(due) if due.device.type == "cpu" else min((room + tokens - TAIL) // group, slots)
+    groups = int(due) if can_be_read(due) else min((room + tokens - TAIL) // group, slots)
     for first in range(0, groups, CHUNK // group):
         which = torch.arange(first, min(first + CHUNK // group, groups), device=length.device)
         # Slots of groups that are not due wrap around, so that no two groups of a step share one.
@@ -189,7 +194,7 @@ def _append_fake(
 
 def _check_capacity(length: Tensor, tokens: int, capacity: int) -> None:
     advice = f"give max_cache_len (now {capacity}) room for prompt and new tokens."
-    if length.device.type == "cpu":
+    if can_be_read(length):
         if int(length) + tokens > capacity:
             raise CiuicError(
                 f"{tokens} tokens after {int(length)} do not fit this static CiuicCache; {advice}"
