@@ -278,9 +278,14 @@ def _layers(config: Any, bits: int, max_cache_len: int | None = None) -> list[An
     compressed: Any = (CiuicLayer, CiuicIndexedLayer)
     static = {"max_cache_len": max_cache_len} if max_cache_len is not None else {}
     if static:
-        from ciuic_hf.hf.static_cache import CiuicStaticIndexedLayer, CiuicStaticLayer
+        from ciuic_hf.hf.static_cache import CiuicStaticLayer
 
-        compressed = (CiuicStaticLayer, CiuicStaticIndexedLayer)
+        compressed = (CiuicStaticLayer,)
+        if DynamicIndexedLayer in classes:
+            raise CiuicError(
+                f"{kind} has sparse attention with an indexer, for which there is no compressed cache of fixed length; "
+                "use a CiuicCache without max_cache_len."
+            )
     for name, cls, options in zip(names, classes, arguments, strict=True):
         if cls in (DynamicLayer, DynamicIndexedLayer):
             layers.append(compressed[cls is DynamicIndexedLayer](bits=bits, latent=latent, **static))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticIndexedLayer, StaticLayer
+from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ciuic_hf.errors import CiuicError
@@ -195,36 +195,6 @@ class CiuicStaticLayer(StaticLayer):
 def _numbers(indices: Tensor) -> Tensor:
     """Of the sequences that a bool mask or numbers choose."""
     return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-
-
-class CiuicStaticIndexedLayer(StaticIndexedLayer, CiuicStaticLayer):
-    """One layer of sparse attention (DeepSeek-V3.2): the keys of its indexer stay as they are."""
-
-    def __init__(self, max_cache_len: int, bits: int = 4, latent: tuple[int, int] | None = None) -> None:
-        StaticIndexedLayer.__init__(self, max_cache_len=max_cache_len)  # passes nothing on
-        self.bits, self._latent = bits, latent
-        self._visible = max_cache_len
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self._visible = key_states.shape[2] if self.is_empty else self.max_cache_len
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """As many as ``update`` gave keys, which comes first."""
-        keys: Tensor = super().update_indexer(indexer_key_states)
-        return keys[:, : self._visible]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        if self.is_indexer_initialized and self.store is not None:
-            self.indexer_cumulative_length.copy_(self.store.length)
-
-    def _map_batch(self, fn: Callable[[Tensor, int], Tensor]) -> None:
-        super()._map_batch(fn)
-        if self.is_indexer_initialized:
-            self.indexer_keys: Tensor = fn(self.indexer_keys, 0)
 
 
 def attend_static_cache(

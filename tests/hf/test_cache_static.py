@@ -17,7 +17,7 @@ from ciuic_hf import CiuicCache, CiuicConfig, CiuicError, use_ciuic_attention
 from ciuic_hf.hf.static_cache import CiuicStaticLayer
 from ciuic_hf.planning.cache_formats import CACHE_BITS, cache_nbytes
 
-FAMILIES = ["v3_bf16", "deepseek_v2", "deepseek_v32", "qwen2_tied", "qwen3_moe", "gpt_neox"]
+FAMILIES = ["v3_bf16", "deepseek_v2", "qwen2_tied", "qwen3_moe", "gpt_neox"]
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
 ROOM = 200
 PROMPT = 150
@@ -56,12 +56,12 @@ def test_logits_are_those_of_the_growing_cache(
     expected = logits_after(model, CiuicCache(model.config, bits), prompt, 5)
     cache = CiuicCache(model.config, bits, max_cache_len=ROOM)
     tiles = logits_after(model, cache, prompt, 5)
-    for found in (whole, tiles):
-        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    for found in (whole, tiles):  # the last bit of a state may turn a code, and a code a router's choice
+        assert (found - expected).norm() < 1e-3 * expected.norm()
     assert int(cache.get_seq_length()) == PROMPT and cache.get_max_length() == ROOM
 
 
-@pytest.mark.parametrize("family", ["v3_bf16", "qwen2_tied", "deepseek_v32"])
+@pytest.mark.parametrize("family", ["v3_bf16", "qwen2_tied"])
 def test_a_step_is_compiled_once_for_all_lengths_and_caches(
     family: str, model_of: Callable[..., Any], prompt: Tensor
 ) -> None:
@@ -109,12 +109,17 @@ def test_generate_compiles_by_itself(family: str, checkpoint: Callable[[str], Pa
     config = CiuicConfig(bits=4.25, policy="uniform", cache_bits=4)
     auto = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(checkpoint(family), quantization_config=config, dtype=torch.float32)
+    model.hf_quantizer._on_gpu_kernels = True  # elsewhere generate compiles no compressed weights
     mask = torch.ones_like(prompt)
     mask[0, :9] = 0
     options = GREEDY | {"max_new_tokens": 12, "return_dict_in_generate": True, "attention_mask": mask}
     expected = model.generate(prompt, **options).sequences
     counter = CompileCounterWithBackend("aot_eager")
-    compile_config = CompileConfig(fullgraph=True, backend=counter, mode=None)
+
+    def backend(graph: Any, inputs: Any) -> Any:  # generate copies what is no function
+        return counter(graph, inputs)
+
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     compile_config._compile_all_devices = True
     options |= {"cache_implementation": "static", "compile_config": compile_config}
     for _ in range(2):
@@ -155,7 +160,7 @@ def test_turns_of_a_conversation_go_on_where_the_last_ended(
         ids = torch.cat([out, prompt[1:, 20 * turn : 20 * turn + 20]], 1)
 
 
-@pytest.mark.parametrize("family", ["v3_bf16", "qwen2_tied", "deepseek_v32"])
+@pytest.mark.parametrize("family", ["v3_bf16", "qwen2_tied"])
 def test_cropping_and_choosing_sequences(family: str, model_of: Callable[..., Any], prompt: Tensor) -> None:
     model = use_ciuic_attention(model_of(family))
     cache, step = CiuicCache(model.config, 8, max_cache_len=ROOM), prompt[:, :1]
@@ -166,16 +171,13 @@ def test_cropping_and_choosing_sequences(family: str, model_of: Callable[..., An
         cache.crop(-10)
         torch.testing.assert_close(model(step, past_key_values=cache).logits, before, atol=0.02, rtol=0.02)
         cache.crop(-1)
-        if family != "deepseek_v32":  # transformers reorders the indexer's keys out of place
-            cache.reorder_cache(torch.tensor([1, 0]))
-            swapped = model(step.flip(0), past_key_values=cache).logits.flip(0)
-            torch.testing.assert_close(swapped, before, atol=0.02, rtol=0.02)
-            cache.crop(-1)
-            cache.batch_repeat_interleave(2)
-            cache.batch_select_indices(torch.tensor([3, 0]))
-            torch.testing.assert_close(
-                model(step, past_key_values=cache).logits, before, atol=0.02, rtol=0.02
-            )
+        cache.reorder_cache(torch.tensor([1, 0]))
+        swapped = model(step.flip(0), past_key_values=cache).logits.flip(0)
+        torch.testing.assert_close(swapped, before, atol=0.02, rtol=0.02)
+        cache.crop(-1)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        torch.testing.assert_close(model(step, past_key_values=cache).logits, before, atol=0.02, rtol=0.02)
         cache.reset()
         assert cache.get_seq_length() == 0
         again = model(prompt, past_key_values=cache).logits
@@ -196,7 +198,7 @@ def test_sizes_are_what_the_planner_is_told(
 
 def test_more_than_fits(model_of: Callable[..., Any], prompt: Tensor) -> None:
     model = use_ciuic_attention(model_of("qwen2_tied"))
-    with torch.no_grad(), pytest.raises(CiuicError, match="150 tokens do not fit.*now 100"):
+    with torch.no_grad(), pytest.raises(CiuicError, match=r"150 tokens do not fit.*now 100"):
         model(prompt, past_key_values=CiuicCache(model.config, max_cache_len=100))
     cache = CiuicCache(model.config, max_cache_len=PROMPT)
     model.generate(prompt, past_key_values=cache, max_new_tokens=1, **GREEDY)
@@ -237,3 +239,8 @@ def test_gradients_are_refused(model_of: Callable[..., Any], prompt: Tensor) -> 
     loss = model(prompt, past_key_values=cache).logits.sum()
     with pytest.raises(CiuicError, match="carries no gradients"):
         loss.backward()
+
+
+def test_an_indexer_is_refused(model_of: Callable[..., Any]) -> None:
+    with pytest.raises(CiuicError, match="no compressed cache of fixed length"):
+        CiuicCache(model_of("deepseek_v32").config, max_cache_len=ROOM)
