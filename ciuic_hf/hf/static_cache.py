@@ -155,7 +155,7 @@ class CiuicStaticLayer(StaticLayer):
         """Forget the last ``-tokens_to_remove`` tokens; a positive number is a length to crop to.
 
         Raises:
-            CiuicError: where a part of a packed group would have to stay; the last 32 tokens can always go.
+            CiuicError: where a part of a packed group would have to stay; the last 32 of a step can go.
         """
         if self.store is None or self.is_empty or tokens_to_remove == 0:
             return

@@ -90,14 +90,14 @@ class StaticStore:
         """Keep the first ``length`` tokens. Waits for the device.
 
         Raises:
-            CiuicError: where that would leave a part of a packed group whose tokens are not in the tail any more.
+            CiuicError: where that would leave a part of a packed group.
         """
         before, packed, group = int(self.length), int(self.packed), self.formats.group
         removed = before - length
         if removed <= 0:
             return
         kept = min(packed, length // group * group)
-        if kept < length and kept < before - self.tails[0].shape[2]:
+        if kept < length < packed:
             raise CiuicError(
                 f"A static CiuicCache of {before} tokens cannot be cropped to {length}: {packed} are packed in groups "
                 f"of {group}; crop to {packed} or more, to a multiple of {group}, or use a cache without max_cache_len."
