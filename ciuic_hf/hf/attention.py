@@ -18,9 +18,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf.cache import CachedStates
 from ciuic_hf.hf.latent import KvUpProjection, has_latents, latent_shape
+from ciuic_hf.hf.static_cache import attend_static_cache, expand_static
 from ciuic_hf.runtime.cache.attention import Mask, attend
 from ciuic_hf.runtime.cache.deferred import Deferred
 from ciuic_hf.runtime.cache.latent import attend_latent
+from ciuic_hf.runtime.cache.static_attention import StaticHistory
 from ciuic_hf.runtime.cache.store import History
 
 NAME = "ciuic"
@@ -107,6 +109,8 @@ def ciuic_attention(
     if (indices := kwargs.pop("indices", None)) is not None:
         attention_mask = _only(indices, attention_mask, key.shape[2])
     history = getattr(key, "history", None)
+    if isinstance(history, StaticHistory):
+        return attend_static_cache(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     alone = (
         history is not None and history.past == 0 and isinstance(key, CachedStates) and attention_mask is None
     )
@@ -128,7 +132,7 @@ def ciuic_attention(
         else:
             out_states = attend(query, history, scaling, mask)
     if torch.is_grad_enabled() and query.requires_grad:
-        out_states = _NoGradient.apply(query, out_states)
+        out_states = NoGradient.apply(query, out_states)
     return out_states.transpose(1, 2).contiguous(), None
 
 
@@ -153,7 +157,7 @@ def _mask(mask: Tensor | None, causal: bool) -> Mask:
     return Mask(causal=causal and mask is None, dense=mask)
 
 
-class _NoGradient(torch.autograd.Function):
+class NoGradient(torch.autograd.Function):
     """The result of attention to a compressed cache, which cannot be differentiated."""
 
     @staticmethod
@@ -168,6 +172,11 @@ class _NoGradient(torch.autograd.Function):
 def _expand_kv(self: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
     """In the place of a module's ``expand_kv``: leaves latents in a CiuicCache as they are for ``ciuic`` attention."""
     original = type(self).expand_kv
+    if (
+        isinstance(getattr(kv_nope, "history", None), StaticHistory)
+        and self.config._attn_implementation == NAME
+    ):
+        return expand_static(self, kv_nope, k_rot, original)
     if not isinstance(kv_nope, CachedStates) or self.config._attn_implementation != NAME:
         expanded: tuple[Tensor, Tensor] = original(self, kv_nope, k_rot)
         return expanded

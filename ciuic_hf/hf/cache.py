@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     Cache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -89,7 +90,7 @@ class CiuicLayer(DynamicLayer):
         keys, values = key_states.detach(), value_states.detach()
         history = History(self.store, keys, values)
         self.store.append(keys, values)
-        return CachedStates.of(history, 0, _say_decompressed), CachedStates.of(history, 1, _say_decompressed)
+        return CachedStates.of(history, 0, say_decompressed), CachedStates.of(history, 1, say_decompressed)
 
     def _check(self, *states: Tensor) -> None:
         assert self.store is not None
@@ -150,7 +151,8 @@ class CiuicIndexedLayer(DynamicIndexedLayer, CiuicLayer):
         self.bits, self._latent = bits, latent
 
 
-def _say_decompressed() -> None:
+def say_decompressed() -> None:
+    """Once."""
     logger.warning_once(
         "This model reads a CiuicCache through an attention that needs all of it decompressed, layer by layer: "
         "results are the same, memory is not saved while it runs. Use ciuic_hf.use_ciuic_attention(model)."
@@ -172,9 +174,12 @@ class CiuicCache(Cache):
         config: of the model.
         bits: 8, 4, 3 or 2; what that takes in all is ``ciuic_hf.planning.cache_formats.cache_nbytes_per_token``.
         offloading: keep layers on the CPU while others run, as transformers does.
+        max_cache_len: tokens of prompt and answer together. Given, all memory is allocated with the first token and
+            never moves, and ``torch.compile`` and CUDA graphs take the model with its cache, as they do with a
+            StaticCache; None grows with the tokens.
 
     Raises:
-        CiuicError: for other bits, and for a model that has nothing to cache.
+        CiuicError: for other bits, a length below 1, and a model that has nothing to cache.
 
     Example:
         ``model.generate(**inputs, past_key_values=CiuicCache(model.config, bits=4))``
@@ -186,11 +191,16 @@ class CiuicCache(Cache):
         bits: int = 4,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
+        max_cache_len: int | None = None,
     ) -> None:
         self.bits = check_cache_bits(bits)
+        if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
+            raise CiuicError(
+                f"max_cache_len is a number of tokens or None, got {max_cache_len!r}; count prompt and new tokens."
+            )
         _install()
         super().__init__(
-            layers=_layers(config, bits),
+            layers=_layers(config, bits, max_cache_len),
             offloading=offloading,
             offload_only_non_sliding=offload_only_non_sliding,
         )
@@ -198,7 +208,7 @@ class CiuicCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the layers that are compressed."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, CiuicLayer))
+        return sum(getattr(layer, "nbytes", 0) for layer in self.layers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -246,8 +256,8 @@ def _install() -> None:
     generating.install()
 
 
-def _layers(config: Any, bits: int) -> list[Any]:
-    """A layer for each of the model's. Raises CiuicError."""
+def _layers(config: Any, bits: int, max_cache_len: int | None = None) -> list[Any]:
+    """A layer for each of the model's, static ones where a length is given. Raises CiuicError."""
     kind = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
         raise CiuicError(
@@ -265,18 +275,27 @@ def _layers(config: Any, bits: int) -> list[Any]:
     if isinstance(arguments, dict):  # transformers 5.17 has one for all layers
         arguments = [arguments] * len(names)
     layers: list[Any] = []
+    compressed: Any = (CiuicLayer, CiuicIndexedLayer)
+    static = {"max_cache_len": max_cache_len} if max_cache_len is not None else {}
+    if static:
+        from ciuic_hf.hf.static_cache import CiuicStaticLayer
+
+        compressed = (CiuicStaticLayer,)
+        if DynamicIndexedLayer in classes:
+            raise CiuicError(
+                f"{kind} has sparse attention with an indexer, for which there is no compressed cache of fixed length; "
+                "use a CiuicCache without max_cache_len."
+            )
     for name, cls, options in zip(names, classes, arguments, strict=True):
-        if cls is DynamicLayer:
-            layers.append(CiuicLayer(bits, latent))
-        elif cls is DynamicIndexedLayer:
-            layers.append(CiuicIndexedLayer(bits, latent))
+        if cls in (DynamicLayer, DynamicIndexedLayer):
+            layers.append(compressed[cls is DynamicIndexedLayer](bits=bits, latent=latent, **static))
         elif issubclass(cls, DynamicLayer) and not getattr(cls, "is_sliding", False):
             raise CiuicError(
                 f"{kind} has layers of type {name}, whose cache a CiuicCache cannot stand for; use its own cache."
             )
         else:
-            layers.append(cls(**options))
-    if not any(isinstance(layer, CiuicLayer) for layer in layers):
+            layers.append((STATIC_LAYER_TYPE_MAPPING[name] if static else cls)(**static, **options))
+    if not any(isinstance(layer, compressed) for layer in layers):
         raise CiuicError(
             f"{kind} has no layer with full attention, so there is no growing cache to compress; use its own cache."
         )

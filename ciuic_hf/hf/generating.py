@@ -2,8 +2,8 @@
 
 ``GenerationMixin._prepare_cache_for_generation`` chooses the cache of a call and has no hook, so it is wrapped when the
 first CiuicCache is made, which a load with ``cache_bits`` does: a model loaded so gets a CiuicCache where it would get
-a DynamicCache, and a model that is given a CiuicCache is switched to the attention that reads it (docs/adr/018).
-Nothing changes for others.
+a DynamicCache, one of fixed length where it would get a StaticCache, and a model that is given a CiuicCache is switched
+to the attention that reads it (docs/adr/018). Nothing changes for others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ciuic_hf.hf.config import CiuicConfig
 logger = logging.get_logger(__name__)
 
 CACHE = "past_key_values"
+DYNAMIC = (None, "dynamic", "offloaded")
+STATIC = ("static", "offloaded_static")
 
 
 def cache_bits(model: Any) -> int | None:
@@ -39,17 +41,27 @@ def install() -> None:
 
     @wraps(original)
     def prepare(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
-        bits = cache_bits(self)
-        wanted = generation_config.cache_implementation in (None, "dynamic", "offloaded")
-        if bits is not None and wanted and generation_config.use_cache and model_kwargs.get(CACHE) is None:
-            offloading = generation_config.cache_implementation == "offloaded"
-            model_kwargs[CACHE] = CiuicCache(self.config, bits, offloading=offloading)
-            generation_config.cache_implementation = None
+        bits, wanted = cache_bits(self), generation_config.cache_implementation
+        if bits is not None and generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            if wanted in DYNAMIC:
+                model_kwargs[CACHE] = CiuicCache(self.config, bits, offloading=wanted == "offloaded")
+            elif wanted in STATIC:
+                length = _static_length(self, generation_config, max_cache_length)
+                model_kwargs[CACHE] = CiuicCache(
+                    self.config, bits, offloading=wanted == "offloaded_static", max_cache_len=length
+                )
+            if CACHE in model_kwargs:
+                generation_config.cache_implementation = None
         if isinstance(model_kwargs.get(CACHE), CiuicCache):
             _use_attention(self)
-        return original(self, generation_config, model_kwargs, *args, **kwargs)
+        return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     prepare.wrapped_by_ciuic = True  # type: ignore[attr-defined]
     GenerationMixin._prepare_cache_for_generation = prepare
@@ -63,3 +75,11 @@ def _use_attention(model: Any) -> None:
     chosen = model.config.get_text_config(decoder=True)._attn_implementation
     if chosen in ("sdpa", attention.NAME):
         attention.switch(model)
+
+
+def _static_length(model: Any, generation_config: Any, needed: int) -> int:
+    """As transformers sizes a StaticCache: a later call with fewer tokens compiles nothing anew."""
+    asked = getattr(generation_config, "max_cache_len", None) or 0
+    length = max(needed, asked, getattr(model, "_previous_max_cache_length", 0))
+    model._previous_max_cache_length = length
+    return length

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ciuic_hf.modules.linear import WEIGHT, CiuicLinear
 from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.planning.tiles import BAND_WEIGHTS, LatentShape
+from ciuic_kernels import ops
 from ciuic_kernels.format import BLOCK_ROWS
 from ciuic_kernels.ops._products import Matrix
 
@@ -74,13 +75,12 @@ class KvUpProjection:
             for first in range(0, count, step):
                 yield slice(first, first + step), weight[first : first + step].to(dtype)
             return
-        matrix = Matrix(
-            self.linear.weight,
-            self.linear.get_parameter(WEIGHT + TAGS),
-            *self.linear.derived(WEIGHT),
-            count * rows,
-            self.shape.rank,
-        )
+        packed = (self.linear.weight, self.linear.get_parameter(WEIGHT + TAGS), *self.linear.derived(WEIGHT))
+        if torch.compiler.is_compiling():  # which takes one operator, not the steps of one
+            weight = ops.dequantize(*packed, count * rows, self.shape.rank, dtype)
+            yield slice(0, count), weight.view(count, rows, self.shape.rank)
+            return
+        matrix = Matrix(*packed, count * rows, self.shape.rank)
         for first in range(0, count, step):
             last = min(first + step, count)
             strips = range(first * rows // BLOCK_ROWS, -(-last * rows // BLOCK_ROWS))

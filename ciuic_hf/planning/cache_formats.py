@@ -19,6 +19,7 @@ TAIL = 32
 """Tokens that always stay in full precision; a group is packed when it lies before them."""
 CHUNK = 512
 """Tokens that are allocated at a time."""
+_COUNTERS_NBYTES = 16  # two int64 on the device, of a layer of a static cache
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,36 @@ def cache_nbytes_per_token(config: Mapping[str, Any], bits: int) -> float:
     return sizes.layers * sizes.heads * of_group / formats.group
 
 
+def static_pages(formats: CacheFormats, capacity: int) -> int:
+    """Chunks that a static cache of ``capacity`` tokens has room for: as many as can ever be packed."""
+    return -(-(max(0, capacity - TAIL) // formats.group * formats.group) // CHUNK)
+
+
+def static_tail(formats: CacheFormats) -> int:
+    """Tokens in full precision that a static cache has room for: the most that wait for their group."""
+    return TAIL + formats.group - 1
+
+
 def cache_nbytes(
-    config: Mapping[str, Any], bits: int, context: int, batch: int = 1, element_nbytes: int = 2
+    config: Mapping[str, Any],
+    bits: int,
+    context: int,
+    batch: int = 1,
+    element_nbytes: int = 2,
+    static: bool = False,
 ) -> int:
     """Bytes that a cache of ``context`` tokens has allocated: packed tokens in whole chunks, and the tail.
 
     Args:
         element_nbytes: of the model's dtype, in which the tail stays.
+        static: of a cache with ``max_cache_len=context``, from its first token on.
     """
     sizes = CacheSizes.of(config)
     formats = cache_formats(bits, sizes.latent)
+    if static:
+        of_head = static_pages(formats, context) * formats.nbytes(CHUNK, sizes.key_width, sizes.value_width)
+        of_head += static_tail(formats) * (sizes.key_width + sizes.value_width) * element_nbytes
+        return sizes.layers * (batch * sizes.heads * of_head + _COUNTERS_NBYTES)
     packed = max(0, context - TAIL) // formats.group * formats.group
     chunks = -(-packed // CHUNK)
     of_head = chunks * formats.nbytes(CHUNK, sizes.key_width, sizes.value_width)

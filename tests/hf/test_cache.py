@@ -209,7 +209,8 @@ def test_a_compressed_model_with_cache_bits_uses_them_by_itself(
     given = model.generate(prompt, past_key_values=CiuicCache(model.config, 4), **options)
     assert torch.equal(out.sequences, given.sequences)
     static = model.generate(prompt, cache_implementation="static", disable_compile=True, **options)
-    assert not isinstance(static.past_key_values, CiuicCache)
+    assert isinstance(static.past_key_values, CiuicCache) and static.past_key_values.is_compileable
+    assert torch.equal(static.sequences, out.sequences)
     assert not isinstance(model.generate(prompt, use_cache=False, **options).past_key_values, CiuicCache)
     model.save_pretrained(tmp_path / "saved")
     again = auto.from_pretrained(tmp_path / "saved", dtype=torch.float32).generate(prompt, **options)
