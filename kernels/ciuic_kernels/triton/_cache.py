@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from ciuic_kernels.cache_codes import LLOYD, NO_SCALE, PLANES, SCALE_OF_ONE, SCALES_PER_OCTAVE
+from ciuic_kernels.triton import _cache_asm
 
+_UNPACK = tl.constexpr({f"{b} {int(c)} {int(h)}": text for (b, c, h), text in _cache_asm.UNPACK.items()})
 _PLANES = tl.constexpr(PLANES)
 _LLOYD = tl.constexpr(LLOYD)
 _NO_SCALE = tl.constexpr(NO_SCALE)
@@ -34,6 +36,11 @@ def level(bits, index):
 
 
 @triton.constexpr_function
+def unpack_text(bits, channels, half):
+    return _UNPACK.value[f"{bits} {int(channels)} {int(half)}"]
+
+
+@triton.constexpr_function
 def codes_of_word(bits):
     """Codes that one word holds."""
     return 1 if bits == 8 else 8
@@ -43,7 +50,7 @@ def codes_of_word(bits):
 def part(addresses, page, NUMBER: tl.constexpr, PARTS: tl.constexpr):
     """Pointer to a part of a page, uint8."""
     at = tl.load(addresses + page * PARTS + NUMBER)
-    return tl.multiple_of(at, 16).to(tl.pointer_type(tl.uint8))
+    return tl.multiple_of(at.to(tl.pointer_type(tl.uint8)), 16)
 
 
 @triton.jit
@@ -66,25 +73,27 @@ def load_codes(
     row,
     rows,
     word,
-    codes,
+    units,
     mask,
     FIRST: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """The words of low and high plane (the low one if there is none), int32 ``[R, W]``.
 
     Args:
         head: which ``[rows, ...]`` of the parts, int64.
         row: int32 ``[R, 1]``; ``word``: int32 ``[1, W]``.
-        codes: of one row, a multiple of 8.
+        units: how many times UNIT codes, a multiple of 8, a row has.
         FIRST: the part that the low plane is.
     """
     LOW: tl.constexpr = low_width(BITS)
-    pitch = codes // 8 * LOW
-    low = load_plane(part(addresses, page, FIRST, PARTS) + head * rows * pitch, row, word, pitch, mask, LOW)
+    pitch = units * (UNIT // 8 * LOW)
+    base = part(addresses, page, FIRST, PARTS) + head * rows * pitch
+    low = load_plane(base, row, word, pitch, mask, LOW)
     if planes_of(BITS) == 2:
-        above = codes // 8 * (BITS - LOW)
+        above = units * (UNIT // 8 * (BITS - LOW))
         base = part(addresses, page, FIRST + 1, PARTS) + head * rows * above
         high = load_plane(base, row, word, above, mask, BITS - LOW)
     else:
@@ -131,24 +140,15 @@ def lloyd(low, high, NUMBER: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constex
 
 
 @triton.jit
-def steps(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """``step`` of all codes in order, ``[R, C]``."""
-    if BITS == 8:
-        return (low - 128).to(tl.float32).to(DTYPE)
-    else:
+def unpack_plain(low, high, BITS: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):
+    """Eight codes of each word by plain operations."""
+    if CHANNELS:
         return in_order(
             step(low, high, 0, BITS, DTYPE), step(low, high, 1, BITS, DTYPE),
             step(low, high, 2, BITS, DTYPE), step(low, high, 3, BITS, DTYPE),
             step(low, high, 4, BITS, DTYPE), step(low, high, 5, BITS, DTYPE),
             step(low, high, 6, BITS, DTYPE), step(low, high, 7, BITS, DTYPE),
         )  # fmt: skip
-
-
-@triton.jit
-def levels(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Levels of a token in order, ``[R, C]``."""
-    if BITS == 8:
-        return (low - ((low >> 7) << 8)).to(tl.float32).to(DTYPE)
     else:
         return in_order(
             lloyd(low, high, 0, BITS, DTYPE), lloyd(low, high, 1, BITS, DTYPE),
@@ -156,6 +156,56 @@ def levels(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
             lloyd(low, high, 4, BITS, DTYPE), lloyd(low, high, 5, BITS, DTYPE),
             lloyd(low, high, 6, BITS, DTYPE), lloyd(low, high, 7, BITS, DTYPE),
         )  # fmt: skip
+
+
+@triton.jit
+def unpack(low, high, BITS: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
+    """All codes in order, ``[R, C]`` of DTYPE: less half their number by channel, as levels by token."""
+    if BITS == 8:
+        if CHANNELS:
+            return (low - 128).to(tl.float32).to(DTYPE)
+        else:
+            return (low - ((low >> 7) << 8)).to(tl.float32).to(DTYPE)
+    elif PLAIN:
+        return unpack_plain(low, high, BITS, CHANNELS, DTYPE)
+    elif DTYPE == tl.float16:
+        v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
+            unpack_text(BITS, CHANNELS, True),
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            [low, high],
+            dtype=(
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+            ),
+            is_pure=True,
+            pack=1,
+        )
+        return in_order(v0, v1, v2, v3, v4, v5, v6, v7)
+    else:
+        v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
+            unpack_text(BITS, CHANNELS, False),
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            [low, high],
+            dtype=(
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+            ),
+            is_pure=True,
+            pack=1,
+        )
+        return in_order(v0, v1, v2, v3, v4, v5, v6, v7)
 
 
 @triton.jit
@@ -181,6 +231,7 @@ def load_tokens(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     """What is stored by token: levels ``[T, BLOCK]`` of DTYPE, and their scales by groups of channels ``[T, G]``.
 
@@ -197,13 +248,13 @@ def load_tokens(
     word = tl.arange(0, BLOCK // PER_WORD)[None, :]
     mask = (token < tokens)[:, None] & (word < PADDED // PER_WORD)
     low, high = load_codes(
-        addresses, page, head, token[:, None], capacity, word, PADDED, mask, FIRST, PARTS, BITS
+        addresses, page, head, token[:, None], capacity, word, 1, mask, FIRST, PARTS, BITS, PADDED
     )
     group = tl.arange(0, GROUPS)[None, :]
     exists = read[:, None] & (group < COUNT)
     base = part(addresses, page, FIRST + planes_of(BITS), PARTS) + head * capacity * COUNT
     bytes = tl.load(base + token[:, None] * COUNT + group, mask=exists, other=0)
-    return levels(low, high, BITS, DTYPE), tl.where(exists, scale_of(bytes), 0.0)
+    return unpack(low, high, BITS, False, DTYPE, PLAIN), tl.where(exists, scale_of(bytes), 0.0)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ciuic_kernels.attention import AttentionLaunch, AttentionShape, power_of_two
 from ciuic_kernels.format import ceil_div
+from ciuic_kernels.triton._blocks import interpreted
 from ciuic_kernels.triton._cache import (
     load_codes,
     load_tokens,
@@ -23,7 +24,7 @@ from ciuic_kernels.triton._cache import (
     planes_of,
     scale_of,
     scaled,
-    steps,
+    unpack,
 )
 from ciuic_kernels.triton._launch import start
 
@@ -33,13 +34,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def tile_at(pages, index, TILES: tl.constexpr, T: tl.constexpr):
-    """(page, first token of the tile in it, tokens that count, position of token 0, capacity)."""
+def tile_at(pages, index, TILES: tl.constexpr):
+    """(page, which of its tiles, tokens that count, position of token 0, capacity)."""
     page = index // TILES
     tokens = tl.load(pages + 3 * page)
     position = tl.load(pages + 3 * page + 1)
     capacity = tl.load(pages + 3 * page + 2)
-    return page, (index - page * TILES) * T, tokens, position, capacity
+    return page, index - page * TILES, tokens, position, capacity
 
 
 @triton.jit
@@ -143,6 +144,7 @@ def heads_kernel(
     TILES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     OF_KEYS: tl.constexpr = planes_of(KEY_BITS) + 2
     PARTS: tl.constexpr = OF_KEYS + planes_of(VALUE_BITS) + 1
@@ -159,20 +161,21 @@ def heads_kernel(
     sums = tl.zeros((M, E), tl.float32)
     begin, end = share_of(pages, count, tl.program_id(0), tl.num_programs(0), TILES)
     for index in tl.range(begin, end, num_stages=STAGES):
-        page, first, tokens, position, capacity = tile_at(pages, index, TILES, T)
-        room = capacity // KEY_GROUP * KEY_GROUP
+        page, tile, tokens, position, capacity = tile_at(pages, index, TILES)
+        first = tile * T
+        groups = capacity // KEY_GROUP
         known = (channel < KEY_WIDTH) & (first < tokens)
-        at = (head * KEY_WIDTH + channel) * (capacity // KEY_GROUP) + first // KEY_GROUP
+        at = (head * KEY_WIDTH + channel) * groups + first // KEY_GROUP
         byte = tl.load(part(addresses, page, OF_KEYS - 2, PARTS) + at, mask=known, other=0)
         lows = part(addresses, page, OF_KEYS - 1, PARTS).to(tl.pointer_type(tl.float16))
         factor = scale_of(byte)
         offset = tl.load(lows + at, mask=known, other=0.0).to(tl.float32) + HALF * factor
-        word = first // KEY_WORD + tl.arange(0, T // KEY_WORD)[None, :]
+        word = tile * (T // KEY_WORD) + tl.arange(0, T // KEY_WORD)[None, :]
         low, high = load_codes(
-            addresses, page, head, channel[:, None], KEY_WIDTH, word, room,
-            known[:, None] & (word * KEY_WORD < tokens), 0, PARTS, KEY_BITS,
+            addresses, page, head, channel[:, None], KEY_WIDTH, word, groups,
+            known[:, None] & (word * KEY_WORD < tokens), 0, PARTS, KEY_BITS, KEY_GROUP,
         )  # fmt: skip
-        codes = steps(low, high, KEY_BITS, DTYPE)
+        codes = unpack(low, high, KEY_BITS, True, DTYPE, PLAIN)
         scores = tl.dot((q * factor[None, :]).to(DTYPE), codes)
         scores = (scores + tl.sum(q * offset[None, :], 1)[:, None]) * (scale * LOG2_E)
         token = first + tl.arange(0, T)
@@ -182,8 +185,8 @@ def heads_kernel(
         scores = tl.where(seen, scores, float("-inf"))
         weights, fade, top, total = softmax_step(scores, top, total)
         values, scales = load_tokens(
-            addresses, page, head, token, tokens, room, read, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP, VALUE_WIDTH,
-            E, DTYPE,
+            addresses, page, head, token, tokens, capacity, read, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP, VALUE_WIDTH,
+            E, DTYPE, PLAIN,
         )  # fmt: skip
         if GROUPS == 1:
             weights = weights * tl.reshape(scales, (1, T))
@@ -223,6 +226,7 @@ def latents_kernel(
     TILES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     OF_KEYS: tl.constexpr = planes_of(KEY_BITS) + 1
     PARTS: tl.constexpr = OF_KEYS + planes_of(VALUE_BITS) + 1
@@ -236,19 +240,19 @@ def latents_kernel(
     sums = tl.zeros((M, D), tl.float32)
     begin, end = share_of(pages, count, tl.program_id(0), tl.num_programs(0), TILES)
     for index in tl.range(begin, end, num_stages=STAGES):
-        page, first, tokens, position, capacity = tile_at(pages, index, TILES, T)
-        token = first + tl.arange(0, T)
+        page, tile, tokens, position, capacity = tile_at(pages, index, TILES)
+        token = tile * T + tl.arange(0, T)
         seen, read = tokens_seen(
             mask, batch, row % queries, token, tokens, position, mask_b, mask_q, mask_t, T, HAS_MASK
         )
         levels, scales = load_tokens(
             addresses, page, batch, token, tokens, capacity, read, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH, D,
-            tl.float32,
+            DTYPE, PLAIN,
         )  # fmt: skip
         latents = scaled(levels, scales, DTYPE)
         levels, scales = load_tokens(
             addresses, page, batch, token, tokens, capacity, read, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP,
-            VALUE_WIDTH, E, tl.float32,
+            VALUE_WIDTH, E, DTYPE, PLAIN,
         )  # fmt: skip
         rope = scaled(levels, scales, DTYPE)
         scores = tl.dot(q_rope, tl.trans(rope))
@@ -314,7 +318,7 @@ def attend_packed(
         "KEY_BITS": formats[0], "KEY_GROUP": formats[1], "VALUE_BITS": formats[2], "VALUE_GROUP": formats[3],
         "KEY_WIDTH": query.shape[-1], "M": launch.block_m, "T": launch.block_t,
         "TILES": max(1, ceil_div(room, launch.block_t)), "HAS_MASK": mask is not None,
-        "STAGES": launch.num_stages, "num_warps": launch.num_warps,
+        "STAGES": launch.num_stages, "PLAIN": interpreted(), "num_warps": launch.num_warps,
     }  # fmt: skip
     grid = (launch.splits, ceil_div(shape.rows, launch.block_m), shape.batch * shape.heads)
     seen = None if mask is None else mask.view(torch.uint8)
