@@ -110,11 +110,10 @@ def _refusal(shape: AttentionShape, dtype: torch.dtype) -> str:
 def launch_of(shape: AttentionShape, processors: int) -> AttentionLaunch:
     """The launch of a shape that the kernel serves."""
     if shape.latent:
-        block_m, block_t, warps, stages = min(32, max(16, power_of_two(shape.rows))), 32, 4, 2
+        block_t, warps, stages = 32, 4, 2
     else:
-        wide = max(shape.key_width, shape.value_width) > 128
-        block_m = min(32 if wide else 64, max(16, power_of_two(shape.rows)))
         block_t, warps, stages = largest_tile(shape.key_group), 4, 3
+    block_m = 16
     programs = shape.batch * shape.heads * ceil_div(shape.rows, block_m)
     tiles = max(1, ceil_div(shape.tokens, block_t))
     splits = ceil_div(PROGRAMS_PER_PROCESSOR * processors, max(1, programs))

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ciuic_kernels.attention import AttentionShape, choose_attention
+from ciuic_kernels.attention import AttentionShape
 from ciuic_kernels.cache_codes import PLANES, channels_of, parts_of, tokens_of
-from ciuic_kernels.device import device_facts
-from ciuic_kernels.dispatch import forced_reference
+from ciuic_kernels.dispatch import attention_choice
 from ciuic_kernels.ops._define import define
 
 LOWEST = torch.finfo(torch.float32).min
@@ -88,9 +87,8 @@ def attend_packed(
     _check(query, query_rope, records, parts, addresses, pages, mask)
     rope_width = query_rope.shape[-1] if query_rope is not None else width
     shape = packed_shape(query, records, pages, latent, rope_width, key_group, value_group)
-    facts = device_facts(query.device)
-    choice = choose_attention(shape, query.dtype, facts)
-    if choice.launch is not None and not forced_reference():
+    choice = attention_choice(shape, query.dtype, query.device)
+    if choice.launch is not None:
         from ciuic_kernels.triton.attention import attend_packed as fused  # the first kernel imports Triton
 
         return fused(
