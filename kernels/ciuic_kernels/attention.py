@@ -14,8 +14,8 @@ MAX_QUERIES = 8
 
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 128
-HEAD_WIDTHS, LATENT_WIDTHS = (16, 256), (16, 512)
-"""Least and largest width of a key or value, and of a latent, as the next power of two."""
+HEAD_WIDTH, LATENT_WIDTH = 128, 512
+"""Largest width of a key or value, and of a latent."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class AttentionShape:
         rows: queries of one head of the cache, ``heads of the model / heads of the cache * new tokens``.
         queries: new tokens.
         key_width, value_width: of latents their rank and the width of the rotary part.
-        key_group, value_group: of the formats; keys are by channel in groups of tokens unless ``latent``.
+        key_group, value_group: of the formats: tokens, and channels; of latents channels, and tokens.
         tokens: that all pages have room for.
         latent: whether latents are attended to.
     """
@@ -76,6 +76,11 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def block_width(width: int) -> int:
+    """Channels that a program holds: a power of two, and the 16 that a matrix instruction takes."""
+    return max(16, power_of_two(width))
+
+
 def choose_attention(shape: AttentionShape, dtype: torch.dtype, facts: DeviceFacts) -> AttentionChoice:
     """What attends to packed pages."""
     refusal = facts.reason or _refusal(shape, dtype)
@@ -95,15 +100,16 @@ def _refusal(shape: AttentionShape, dtype: torch.dtype) -> str:
         return f"queries are {str(dtype).removeprefix('torch.')}, which the fused kernel does not take"
     if shape.queries > MAX_QUERIES:
         return f"{shape.queries} new tokens, the fused kernel is for up to {MAX_QUERIES}"
-    least, most = LATENT_WIDTHS if shape.latent else HEAD_WIDTHS
-    widths = (shape.key_width, shape.value_width)
-    if not all(least <= power_of_two(width) <= most for width in widths):
-        return f"widths {widths[0]} and {widths[1]}, the fused kernel is for {least} to {most}"
-    groups = (shape.value_group,) if not shape.latent else (shape.key_group, shape.value_group)
-    if not all(group == power_of_two(group) for group in groups):
-        return f"groups of {' and '.join(map(str, groups))} channels, the fused kernel is for powers of two"
-    if not shape.latent and shape.key_group % 32:
-        return f"groups of {shape.key_group} tokens, the fused kernel is for multiples of 32"
+    most, widest = LATENT_WIDTH if shape.latent else HEAD_WIDTH, max(shape.key_width, shape.value_width)
+    if widest > most:
+        return f"{'latents' if shape.latent else 'heads'} of {widest}, the fused kernel is for up to {most}"
+    channels, tokens = shape.value_group, shape.key_group
+    if shape.latent:
+        channels, tokens = tokens, channels
+    if channels != power_of_two(channels):
+        return f"groups of {channels} channels, the fused kernel is for powers of two"
+    if tokens % 16 or (not shape.latent and tokens % 32):
+        return f"groups of {tokens} tokens, the fused kernel is for multiples of {16 if shape.latent else 32}"
     return ""
 
 

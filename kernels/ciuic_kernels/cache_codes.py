@@ -38,8 +38,9 @@ NO_SCALE = 255
 
 
 def parts_of(key_bits: int, value_bits: int, latent: bool) -> tuple[int, int]:
-    """How many tensors a page has for keys and for values."""
-    return len(PLANES[key_bits]) + (1 if latent else 2), len(PLANES[value_bits]) + 1
+    """How many tensors a page has for keys and for values; of latents, for these and their rotary part."""
+    by_channel = (0, 1) if latent else (1, 0)
+    return len(PLANES[key_bits]) + 1 + by_channel[0], len(PLANES[value_bits]) + 1 + by_channel[1]
 
 
 def codes_of(planes: tuple[Tensor, ...], bits: int) -> Tensor:

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ciuic_hf.planning.cache_formats import CacheFormats, ChannelFormat, cache_formats
+from ciuic_hf.planning.cache_formats import CacheFormats, ChannelFormat, TokenFormat, cache_formats
 from ciuic_hf.runtime.cache.encoding import decode, encode, narrow_record
 from ciuic_kernels import ops
 from ciuic_kernels.cache_codes import scales_of
 
 Sizes = list[tuple[int, int]]
 """Tokens and capacity of each page."""
+
+
+LATENTS = {
+    8: CacheFormats(TokenFormat(8, 64), ChannelFormat(8, 64)),
+    4: CacheFormats(TokenFormat(4, 128), ChannelFormat(8, 64)),
+    3: CacheFormats(TokenFormat(3, 128), ChannelFormat(8, 128)),
+    2: CacheFormats(TokenFormat(2, 32), ChannelFormat(4, 16)),
+}
+"""What the kernel reads: latents by token, their rotary part by channel."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ def pages_of(
     bits: int, latent: bool, sizes: Sizes, heads: int, widths: tuple[int, int], batch: int = 2
 ) -> Pages:
     """Random pages; what no token of a page has written is NaN, and a page more than counted is all NaN."""
-    formats = cache_formats(bits, latent)
+    formats = LATENTS[bits] if latent else cache_formats(bits, False)
     records: list[Tensor] = []
     decoded: list[list[Tensor]] = [[], [], []]
     rows, position = [], 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ciuic_hf.planning.cache_formats import ChannelFormat
 from ciuic_hf.runtime.cache.codes import rotate, rotation_size
 from ciuic_kernels import ops
 from ciuic_kernels.attention import AttentionChoice, AttentionShape
@@ -34,6 +35,9 @@ def choose(query: Tensor, history: History, mask: Mask, latent: bool) -> Attenti
         return AttentionChoice("tiles", None, "the mask adds to scores, or differs from head to head")
     batch, heads, queries, _ = query.shape
     cached, formats = history.fresh[0].shape[1], history.formats
+    by_channel = [isinstance(fmt, ChannelFormat) for fmt in (formats.keys, formats.values)]
+    if by_channel != ([False, True] if latent else [True, False]):
+        return AttentionChoice("tiles", None, "the fused kernel does not read these formats")
     shape = AttentionShape(
         batch=batch,
         heads=cached,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ciuic_kernels.attention import AttentionShape
-from ciuic_kernels.cache_codes import PLANES, channels_of, parts_of, tokens_of
+from ciuic_kernels.cache_codes import channels_of, parts_of, tokens_of
 from ciuic_kernels.dispatch import attention_choice
 from ciuic_kernels.ops._define import define
 
@@ -58,7 +58,7 @@ def attend_packed(
     """Attend to the pages of one layer, laid out as in ``cache_codes``.
 
     Keys are by channel and values by token; with ``query_rope`` pages are latents, by token, which are keys and values
-    at once, and their rotary part, by token, whose scores are added. Nothing here waits for a GPU.
+    at once, and their rotary part, by channel, whose scores are added. Nothing here waits for a GPU.
 
     Args:
         query: ``[B, heads, Q, D]``, floating point; heads is a multiple of those of the pages. Rotated already where
@@ -195,7 +195,7 @@ def _reference(
     """All scores at once, in float32."""
     batch, heads, queries, key_width = query.shape
     scores, values = [], []
-    of_keys = len(PLANES[key_bits]) + (1 if query_rope is not None else 2)
+    of_keys = parts_of(key_bits, value_bits, query_rope is not None)[0]
     for page, (tokens, first, _) in enumerate(pages[: int(count)].tolist()):
         if not tokens:
             continue
@@ -203,7 +203,7 @@ def _reference(
         keys, others = tuple(record[:of_keys]), tuple(record[of_keys:])
         if query_rope is not None:
             k = tokens_of(keys, key_bits, key_group, key_width)[:, :, :tokens]
-            rope = tokens_of(others, value_bits, value_group, query_rope.shape[-1])[:, :, :tokens]
+            rope = channels_of(others, value_bits, value_group)[:, :, :tokens]
             v = k
         else:
             k = channels_of(keys, key_bits, key_group)[:, :, :tokens]

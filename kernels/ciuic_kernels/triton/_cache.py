@@ -216,6 +216,61 @@ def scale_of(byte):
 
 
 @triton.jit
+def load_channels(
+    addresses,
+    page,
+    head,
+    channel,
+    tile,
+    tokens,
+    capacity,
+    FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    T: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """A tile of what is stored by channel: codes less half their number ``[D, T]`` of DTYPE, and of each group of
+    tokens, float32 ``[D, G]``, the scale and what half the codes stand for.
+
+    Args:
+        channel: int32 ``[D]``, of which WIDTH exist.
+        tile: which T tokens of the page, of which ``tokens`` count.
+        FIRST: the part that the low plane is.
+    """
+    PER_WORD: tl.constexpr = codes_of_word(BITS)
+    GROUPS: tl.constexpr = 1 if GROUP >= T else T // GROUP
+    SCALE: tl.constexpr = FIRST + planes_of(BITS)
+    units = capacity // GROUP
+    exists = (channel < WIDTH)[:, None]
+    word = tile * (T // PER_WORD) + tl.arange(0, T // PER_WORD)[None, :]
+    low, high = load_codes(
+        addresses, page, head, channel[:, None], WIDTH, word, units, exists & (word * PER_WORD < tokens), FIRST,
+        PARTS, BITS, GROUP,
+    )  # fmt: skip
+    group = tile * T // GROUP + tl.arange(0, GROUPS)[None, :]
+    known = exists & (group * GROUP < tokens)
+    at = (head * WIDTH + channel)[:, None] * units + group
+    factor = scale_of(tl.load(part(addresses, page, SCALE, PARTS) + at, mask=known, other=0))
+    lows = part(addresses, page, SCALE + 1, PARTS).to(tl.pointer_type(tl.float16))
+    middle = tl.load(lows + at, mask=known, other=0.0).to(tl.float32) + (1 << (BITS - 1)) * factor
+    return unpack(low, high, BITS, True, DTYPE, PLAIN), factor, middle
+
+
+@triton.jit
+def shifted(codes, factor, middle, DTYPE: tl.constexpr):
+    """What ``load_channels`` gives, decoded: ``[D, T]`` of DTYPE."""
+    D: tl.constexpr = codes.shape[0]
+    T: tl.constexpr = codes.shape[1]
+    GROUPS: tl.constexpr = factor.shape[1]
+    grouped = tl.reshape(codes, (D, GROUPS, T // GROUPS))
+    return tl.reshape((grouped * factor[:, :, None] + middle[:, :, None]).to(DTYPE), (D, T))
+
+
+@triton.jit
 def load_tokens(
     addresses,
     page,

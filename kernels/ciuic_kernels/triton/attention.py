@@ -14,17 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ciuic_kernels.attention import AttentionLaunch, AttentionShape, power_of_two
+from ciuic_kernels.attention import AttentionLaunch, AttentionShape, block_width
 from ciuic_kernels.format import ceil_div
 from ciuic_kernels.triton._blocks import interpreted
 from ciuic_kernels.triton._cache import (
-    load_codes,
+    load_channels,
     load_tokens,
-    part,
     planes_of,
-    scale_of,
     scaled,
-    unpack,
+    shifted,
 )
 from ciuic_kernels.triton._launch import start
 
@@ -149,8 +147,6 @@ def heads_kernel(
     OF_KEYS: tl.constexpr = planes_of(KEY_BITS) + 2
     PARTS: tl.constexpr = OF_KEYS + planes_of(VALUE_BITS) + 1
     GROUPS: tl.constexpr = 1 if VALUE_GROUP >= E else E // VALUE_GROUP
-    HALF: tl.constexpr = 1 << (KEY_BITS - 1)
-    KEY_WORD: tl.constexpr = 1 if KEY_BITS == 8 else 8
     DTYPE: tl.constexpr = query.dtype.element_ty
     head = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * M + tl.arange(0, M)
@@ -162,23 +158,14 @@ def heads_kernel(
     begin, end = share_of(pages, count, tl.program_id(0), tl.num_programs(0), TILES)
     for index in tl.range(begin, end, num_stages=STAGES):
         page, tile, tokens, position, capacity = tile_at(pages, index, TILES)
-        first = tile * T
-        groups = capacity // KEY_GROUP
-        known = (channel < KEY_WIDTH) & (first < tokens)
-        at = (head * KEY_WIDTH + channel) * groups + first // KEY_GROUP
-        byte = tl.load(part(addresses, page, OF_KEYS - 2, PARTS) + at, mask=known, other=0)
-        lows = part(addresses, page, OF_KEYS - 1, PARTS).to(tl.pointer_type(tl.float16))
-        factor = scale_of(byte)
-        offset = tl.load(lows + at, mask=known, other=0.0).to(tl.float32) + HALF * factor
-        word = tile * (T // KEY_WORD) + tl.arange(0, T // KEY_WORD)[None, :]
-        low, high = load_codes(
-            addresses, page, head, channel[:, None], KEY_WIDTH, word, groups,
-            known[:, None] & (word * KEY_WORD < tokens), 0, PARTS, KEY_BITS, KEY_GROUP,
+        codes, factor, middle = load_channels(
+            addresses, page, head, channel, tile, tokens, capacity, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH, T,
+            DTYPE, PLAIN,
         )  # fmt: skip
-        codes = unpack(low, high, KEY_BITS, True, DTYPE, PLAIN)
+        factor, middle = tl.reshape(factor, (D,)), tl.reshape(middle, (D,))
         scores = tl.dot((q * factor[None, :]).to(DTYPE), codes)
-        scores = (scores + tl.sum(q * offset[None, :], 1)[:, None]) * (scale * LOG2_E)
-        token = first + tl.arange(0, T)
+        scores = (scores + tl.sum(q * middle[None, :], 1)[:, None]) * (scale * LOG2_E)
+        token = tile * T + tl.arange(0, T)
         seen, read = tokens_seen(
             mask, head // heads, row % queries, token, tokens, position, mask_b, mask_q, mask_t, T, HAS_MASK
         )
@@ -229,12 +216,13 @@ def latents_kernel(
     PLAIN: tl.constexpr,
 ):
     OF_KEYS: tl.constexpr = planes_of(KEY_BITS) + 1
-    PARTS: tl.constexpr = OF_KEYS + planes_of(VALUE_BITS) + 1
+    PARTS: tl.constexpr = OF_KEYS + planes_of(VALUE_BITS) + 2
     DTYPE: tl.constexpr = query.dtype.element_ty
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * M + tl.arange(0, M)
     q = load_queries(query, batch * rows, row, rows, KEY_WIDTH, D)
     q_rope = load_queries(query_rope, batch * rows, row, rows, VALUE_WIDTH, E)
+    channel = tl.arange(0, E)
     top = tl.full((M,), LOWEST, tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, D), tl.float32)
@@ -250,12 +238,11 @@ def latents_kernel(
             DTYPE, PLAIN,
         )  # fmt: skip
         latents = scaled(levels, scales, DTYPE)
-        levels, scales = load_tokens(
-            addresses, page, batch, token, tokens, capacity, read, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP,
-            VALUE_WIDTH, E, DTYPE, PLAIN,
+        codes, factor, middle = load_channels(
+            addresses, page, batch, channel, tile, tokens, capacity, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP,
+            VALUE_WIDTH, T, DTYPE, PLAIN,
         )  # fmt: skip
-        rope = scaled(levels, scales, DTYPE)
-        scores = tl.dot(q_rope, tl.trans(rope))
+        scores = tl.dot(q_rope, shifted(codes, factor, middle, DTYPE))
         scores = tl.dot(q, tl.trans(latents), scores) * (scale * LOG2_E)
         scores = tl.where(seen, scores, float("-inf"))
         weights, fade, top, total = softmax_step(scores, top, total)
@@ -327,7 +314,7 @@ def attend_packed(
             heads_kernel, grid,
             query, addresses, pages, count, seen, parts, part_lse, scale, shape.heads, shape.rows, shape.queries,
             all_rows, *strides,
-            VALUE_WIDTH=width, D=power_of_two(query.shape[-1]), E=power_of_two(width), **settings,
+            VALUE_WIDTH=width, D=block_width(query.shape[-1]), E=block_width(width), **settings,
         )  # fmt: skip
     else:
         rope = query_rope.shape[-1]
@@ -335,10 +322,10 @@ def attend_packed(
             latents_kernel, grid,
             query, query_rope, addresses, pages, count, seen, parts, part_lse, scale, shape.rows, shape.queries,
             all_rows, *strides,
-            VALUE_WIDTH=rope, D=power_of_two(query.shape[-1]), E=power_of_two(rope), **settings,
+            VALUE_WIDTH=rope, D=block_width(query.shape[-1]), E=block_width(rope), **settings,
         )  # fmt: skip
     start(
         merge_kernel, (all_rows,),
-        parts, part_lse, out, lse, all_rows, launch.splits, WIDTH=width, E=power_of_two(width), num_warps=1,
+        parts, part_lse, out, lse, all_rows, launch.splits, WIDTH=width, E=block_width(width), num_warps=1,
     )  # fmt: skip
     return out, lse
