@@ -39,7 +39,7 @@ def steps(model: Any, ids: Tensor, bits: int, mask: Tensor, new: int) -> Tensor:
     ("family", "bits", "new", "padded"),
     [
         ("qwen2_tied", 4, 1, False),
-        ("v3_bf16", 4, 1, False),
+        pytest.param("v3_bf16", 4, 1, False, marks=pytest.mark.slow),
         pytest.param("qwen2_tied", 2, 3, True, marks=pytest.mark.slow),
         pytest.param("qwen2_tied", 8, 1, True, marks=pytest.mark.slow),
         pytest.param("v3_bf16", 8, 3, True, marks=pytest.mark.slow),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ciuic_hf.planning.cache_formats import CacheFormats, ChannelFormat, TokenFormat, cache_formats
 from ciuic_hf.runtime.cache.encoding import decode, encode, narrow_record
@@ -64,7 +65,7 @@ def pages_of(
     for tokens, capacity in sizes:
         for which, (fmt, width) in enumerate(zip((formats.keys, formats.values), widths, strict=True)):
             x = torch.randn(batch, heads, capacity, width) * 0.8 + torch.linspace(-1, 1, width)
-            record = encode(x, fmt)
+            record = tuple(part.contiguous() for part in encode(x, fmt))
             values = decode(record, width, fmt, torch.float32)[:, :, :tokens]
             decoded[which].append(values.double())
             if which == 0:
@@ -134,7 +135,7 @@ def exact_attention(
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().nan_to_num()
     out = weights @ values
-    error = scale * size.amax(-1) * (2 * unit + (query.shape[-1] + 32) * 2.0**-22) + 2.0**-20
+    error = scale * pad(size, (0, 1)).amax(-1) * (2 * unit + (query.shape[-1] + 32) * 2.0**-22) + 2.0**-20
     tokens = scores.shape[-1]
     relative = 2 * torch.expm1(error) + 3 * unit + (tokens + 32) * 2.0**-22
     tiny = 2.0**-24 * tokens * 128 if query.dtype == torch.float16 else 0.0

@@ -247,10 +247,21 @@ def load_channels(
     units = capacity // GROUP
     exists = (channel < WIDTH)[:, None]
     word = tile * (T // PER_WORD) + tl.arange(0, T // PER_WORD)[None, :]
+    inside = word * PER_WORD < units * GROUP  # codes past the tokens are read as well: copies stay wide
     low, high = load_codes(
-        addresses, page, head, channel[:, None], WIDTH, word, units, exists & (word * PER_WORD < tokens), FIRST,
-        PARTS, BITS, GROUP,
-    )  # fmt: skip
+        addresses,
+        page,
+        head,
+        channel[:, None],
+        WIDTH,
+        word,
+        units,
+        exists & inside,
+        FIRST,
+        PARTS,
+        BITS,
+        GROUP,
+    )
     group = tile * T // GROUP + tl.arange(0, GROUPS)[None, :]
     known = exists & (group * GROUP < tokens)
     at = (head * WIDTH + channel)[:, None] * units + group

@@ -19,11 +19,8 @@ _SPREAD = {
 }
 """Bits of a plane -> shifts and masks that move its eight fields to nibbles."""
 
-OR_AND, AND_OR, AND_XOR = (
-    "0xE0",
-    "0xEA",
-    "0x6A",
-)  # lop3 tables: c and (a or b); (a and b) or c; (a and b) xor c
+OR_AND, AND_OR, AND_XOR = "0xA8", "0xEA", "0x6A"
+"""Tables of ``lop3``: c and (a or b); (a and b) or c; (a and b) xor c."""
 
 
 def bits_of(value: float, half: bool) -> int:
