@@ -107,6 +107,7 @@ def test_hidden_tokens(kind: str, latent: bool) -> None:
     check(queries(pages, 3, 2, torch.float32), rope, pages, mask, splits=3)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, under the interpreter
 @pytest.mark.parametrize("latent", [False, True])
 def test_nan_in_hidden_tokens_is_not_seen(latent: bool) -> None:
     pages = pages_of(4, latent, [(64, 64), (64, 64)], heads=1, widths=(32, 24))
