@@ -19,6 +19,8 @@ from tests.triton.pages import Pages, Sizes, exact_attention, pages_of
 
 pytestmark = needs_interpreter
 LOWEST = torch.finfo(torch.float32).min
+DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
+BITS = [pytest.param(bits, marks=() if bits == 4 else pytest.mark.slow) for bits in CACHE_BITS]
 RAGGED: Sizes = [(128, 128), (77, 128), (128, 256)]
 
 
@@ -63,16 +65,16 @@ def queries(pages: Pages, group: int, new: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("bits", CACHE_BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
 def test_grouped_heads(bits: int, dtype: torch.dtype) -> None:
     pages = pages_of(bits, False, RAGGED, heads=1, widths=(40, 72))
     check(queries(pages, 4, 2, dtype), None, pages, splits=2)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("bits", CACHE_BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
 def test_latents(bits: int, dtype: torch.dtype) -> None:
     sizes = [(128, 128), (27, 128)]
     pages = pages_of(bits, True, sizes, heads=1, widths=(136, 24))
@@ -134,7 +136,8 @@ def test_an_empty_history(latent: bool) -> None:
     assert (out == 0).all() and (lse == LOWEST).all()
 
 
-def test_splits_change_no_more_than_rounding_and_runs_nothing() -> None:
+@pytest.mark.slow
+def test_splits_change_rounding_and_another_run_nothing() -> None:
     pages = pages_of(4, False, [(128, 128), (64, 128)], heads=1, widths=(32, 24))
     query = queries(pages, 4, 1, torch.float32)
     results = [run(query, None, pages, None, 0.2, splits=splits) for splits in (1, 2, 3, 3)]

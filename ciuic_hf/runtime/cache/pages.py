@@ -31,13 +31,13 @@ class PageTable(NamedTuple):
         records: parts of all pages, in order.
         addresses: int64 ``[pages, parts]``.
         pages: int32 ``[pages, 3]``: tokens, position of the first, capacity.
-        count: int32 ``[1]``.
+        used: int32 ``[1]``, how many pages there are.
     """
 
     records: list[Tensor]
     addresses: Tensor
     pages: Tensor
-    count: Tensor
+    used: Tensor
 
 
 class PageTables:
