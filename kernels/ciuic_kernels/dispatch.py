@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from ciuic_kernels.attention import AttentionChoice, AttentionShape, choose_attention
 from ciuic_kernels.cpu import native
 from ciuic_kernels.device import device_facts
 from ciuic_kernels.selection import Choice, choose
@@ -60,3 +61,10 @@ def _choice(op: str, tokens: int, weights: int, dtype: torch.dtype, device: torc
 def product_choice(op: str, tokens: int, weights: int, dtype: torch.dtype, device: torch.device) -> Choice:
     """What ``choose`` says for a device that ``use_triton`` accepts, with the tables of this machine."""
     return _choice(op, tokens, weights, dtype, device)
+
+
+def attention_choice(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> AttentionChoice:
+    """What ``choose_attention`` says for a device."""
+    if forced_reference():
+        return AttentionChoice("tiles", None, "CIUIC_IMPL=reference")
+    return choose_attention(shape, dtype, device_facts(device))

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from ciuic_kernels import ops
 from tests.kernels.operands import activations, operand, together
+from tests.triton.pages import pages_of
 
 MATRIX, EXPERTS = (70, 300), (4, 70, 300)
 
@@ -26,6 +27,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
     several = (*together(three), [], [False] * 3, [o.rows for o in three], w.cols)
     one_bias = [activations(w.rows, seed=2).requires_grad_()]
     biased = (*together(three), one_bias, [False, True, False], [o.rows for o in three], w.cols)
+    heads, latents = pages_of(4, False, [(64, 64)], 1, (24, 16)), pages_of(3, True, [(9, 128)], 1, (24, 16))
+    query, mask = activations(2, 3 * 2 * 24).view(2, 3, 2, 24), torch.rand(2, 1, 64) < 0.5
     a, b = activations(4, 2, w.cols).requires_grad_(), activations(4, 7, 2).requires_grad_()
     return {
         "linear": (x, *w.stored, None, w.rows, w.cols),
@@ -36,6 +39,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "linears": (x, *several),
         "linears-grad": (x.clone().requires_grad_(), *biased),
         "linears-empty": (x[:0], *several),
+        "attend_packed": (query, None, *heads.arguments, mask, 0.2, *heads.codes, 16),
+        "attend_packed-latents": (query, query[..., :16], *latents.arguments, None, 0.2, *latents.codes, 24),
         "linear_backward": (grad, *w.stored, w.cols),
         "expert_linear": (x, ids, *e.stored, e.rows, e.cols),
         "expert_linear-grad": (x.clone().requires_grad_(), ids, *e.stored, e.rows, e.cols),
@@ -63,7 +68,7 @@ def test_the_fake_agrees(call: str) -> None:
     """Shape, dtype and strides without computing anything."""
     operator, arguments = getattr(torch.ops.ciuic, call.partition("-")[0]).default, calls()[call]
     real = operator(*arguments)
-    meta = tree_map_only(torch.Tensor, lambda a: a.to("meta"), arguments)
+    meta = tree_map_only(torch.Tensor, lambda a: a.to("meta"), list(arguments))
     fake = operator(*meta)
     several = isinstance(real, tuple | list)
     for one, other in zip(fake if several else [fake], real if several else [real], strict=True):
@@ -73,9 +78,15 @@ def test_the_fake_agrees(call: str) -> None:
 def test_every_operator_is_checked() -> None:
     """Each file of ops/ is imported and defines an operator of its own name or more; all are in ``calls``."""
     files = {path.stem for path in Path(ops.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
-    assert files == {"linear", "linears", "experts", "expert_low_rank", "embedding", "dequantize"}, (
-        "add a new operator to calls()"
-    )
+    assert files == {
+        "attend_packed",
+        "linear",
+        "linears",
+        "experts",
+        "expert_low_rank",
+        "embedding",
+        "dequantize",
+    }, "add a new operator to calls()"
     checked = {call.partition("-")[0] for call in calls()}
     defined = {
         name.removeprefix("ciuic::") for name in torch._C._dispatch_get_all_op_names() if "ciuic::" in name

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ciuic_hf.planning.cache_formats import CACHE_BITS
 from ciuic_kernels.codecs.grid import GRIDS, PLANES
 from ciuic_kernels.work import ANY, ANY_SPARSE, ROUTED_SLOTS
 
@@ -34,6 +35,9 @@ MIXTURE = (WEIGHTS[4], HEAVIEST, ANY)
 EVERY = (*ALL_KINDS, ANY)
 """What a matrix of two grids, or of more, is compiled for when it has edges (``work.compiled_kinds``)."""
 
+ATTENTION = {"attend_heads": (16, 4, 3), "attend_latents": (16, 4, 2)}
+"""The launches that ``ciuic_kernels.attention`` chooses."""
+
 _NAMES = {codec.id: codec.name for codec in GRIDS.values()} | {ANY: "any", ANY_SPARSE: "sparse"}
 
 
@@ -42,13 +46,15 @@ class Case:
     """One compilation.
 
     Attributes:
-        kernel: ``linear``, ``linears``, ``experts_few``, ``experts_many``, ``dequantize`` or ``embedding``.
+        kernel: ``linear``, ``linears``, ``experts_few``, ``experts_many``, ``dequantize``, ``embedding``,
+            ``attend_heads`` or ``attend_latents``.
         arch: compute capability times ten.
         dtype: ``bf16`` or ``fp16``.
-        kinds: as in ``work.build_work``.
+        kinds: as in ``work.build_work``; of attention the bits of the cache.
         launch: ``(block_m, num_warps, num_stages)``; of the last two kernels only the warps count.
         pairs: ``PAIRS`` of ``experts_few``.
         aligned: whether N and K are multiples of 16.
+        masked: whether attention has a mask.
     """
 
     kernel: str
@@ -58,6 +64,7 @@ class Case:
     launch: tuple[int, int, int] = DECODE
     pairs: int = ROUTED_SLOTS
     aligned: bool = True
+    masked: bool = False
 
     @property
     def block_m(self) -> int:
@@ -72,15 +79,22 @@ class Case:
         """Kernel, dtype and launch in words, as the budget file has them."""
         launch = "x".join(map(str, self.launch))
         pairs = f" pairs{self.pairs}" if self.kernel == "experts_few" else ""
-        return f"{self.kernel} {self.dtype} {launch}{pairs}{'' if self.aligned else ' ragged'}"
+        rest = ("" if self.aligned else " ragged") + (" masked" if self.masked else "")
+        return f"{self.kernel} {self.dtype} {launch}{pairs}{rest}"
 
     @property
     def blocks(self) -> str:
         """The kinds in words."""
+        if self.is_attention:
+            return f"cache{self.kinds[0]}"
         return "+".join(_NAMES[kind] for kind in self.kinds) or "every"
 
     def __str__(self) -> str:
         return f"sm_{self.arch} {self.setting} {self.blocks}"
+
+    @property
+    def is_attention(self) -> bool:
+        return self.kernel.startswith("attend")
 
     @property
     def is_decode(self) -> bool:
@@ -109,8 +123,26 @@ def sibling_cases() -> list[Case]:
     return [Case("linears", 90, "bf16", (TYPICAL,))]
 
 
+def attention_cases(arches: tuple[int, ...]) -> list[Case]:
+    """Heads of 128 and DeepSeek-V3's latents: at 4 bits; on sm_90 at all, with a mask, and in float16."""
+    cases = []
+    for arch in arches:
+        for kernel, launch in ATTENTION.items():
+            cases += [Case(kernel, arch, "bf16", (4,), launch)]
+            if arch == 90:
+                cases += [Case(kernel, arch, "bf16", (bits,), launch) for bits in CACHE_BITS if bits != 4]
+                cases += [Case(kernel, arch, "bf16", (4,), launch, masked=True)]
+                cases += [Case(kernel, arch, "fp16", (4,), launch)]
+    return cases
+
+
 def fast_cases() -> list[Case]:
-    """For every change: all kinds in decode on sm_90, one or two of everything else."""
+    """For every change: products, and attention on sm_90."""
+    return [*_fast_products(), *attention_cases((90,))]
+
+
+def _fast_products() -> list[Case]:
+    """All kinds in decode on sm_90, one or two of everything else."""
     cases = [Case("linear", 90, "bf16", (kind,)) for kind in (*ALL_KINDS, ANY)]
     cases += [Case("linear", arch, "bf16", (TYPICAL,), launch) for arch in ARCHES for launch in LAUNCHES]
     cases += [Case("linear", arch, "bf16", (HEAVIEST,)) for arch in ARCHES]
@@ -126,7 +158,7 @@ def fast_cases() -> list[Case]:
 
 def end_cases() -> list[Case]:
     """For the first and the last supported Triton: all kinds in decode, one or two of everything else, everywhere."""
-    cases = [case for case in fast_cases() if case not in sibling_cases()]
+    cases = [case for case in _fast_products() if case not in sibling_cases()]
     cases += [Case("linear", arch, "bf16", (kind,)) for arch in ARCHES for kind in (*ALL_KINDS, ANY)]
     cases += [Case("linear", arch, "bf16", (HEAVIEST,), launch) for arch in EXTREMES for launch in LAUNCHES]
     cases += [Case("linear", arch, "bf16", MIXTURE) for arch in ARCHES]
@@ -136,8 +168,8 @@ def end_cases() -> list[Case]:
 
 
 def full_cases() -> list[Case]:
-    """For the pinned Triton: those, float16, all launches of experts, mixtures in prefill, and odd N and K."""
-    cases = [*end_cases(), *sibling_cases()]
+    """For the pinned Triton: those, attention, float16, all launches of experts, mixtures in prefill, odd N and K."""
+    cases = [*end_cases(), *sibling_cases(), *attention_cases(ARCHES)]
     for arch in EXTREMES:
         cases += [Case("linear", arch, "bf16", (ANY,), launch) for launch in LAUNCHES]
         cases += [Case("experts_few", arch, "bf16", (TYPICAL,), launch) for launch in LAUNCHES]

@@ -19,18 +19,24 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from ciuic_hf.planning.cache_formats import CHUNK, cache_formats
+from ciuic_kernels.attention import largest_tile
 from ciuic_kernels.work import ANY_SPARSE
 from tests.triton.cases import Case
 from tests.triton.measurement import Measurement
+from tests.triton.pages import LATENTS
 from tests.triton.sass import instructions, loops
 
-POINTERS = {"arena": "u8", "work": "i32", "order": "i32", "tiles": "i32", "ids": "i64", "workspace": "fp32"}
-OF_DTYPE = ("x", "bias", "out")
+POINTERS = {
+    "arena": "u8", "work": "i32", "order": "i32", "tiles": "i32", "ids": "i64", "workspace": "fp32",
+    "addresses": "i64", "pages": "i32", "count": "i32", "mask": "u8", "lse": "fp32",
+}  # fmt: skip
+OF_DTYPE = ("x", "bias", "out", "query", "query_rope")
 
 
 def kernel_of(name: str):
     """The ``@triton.jit`` function of a case's kernel."""
-    from ciuic_kernels.triton import dequantize, embedding, experts, linear, linears
+    from ciuic_kernels.triton import attention, dequantize, embedding, experts, linear, linears
 
     return {
         "linear": linear.linear_kernel,
@@ -39,7 +45,22 @@ def kernel_of(name: str):
         "experts_many": experts.many_kernel,
         "dequantize": dequantize.dequantize_kernel,
         "embedding": embedding.embedding_kernel,
+        "attend_heads": attention.heads_kernel,
+        "attend_latents": attention.latents_kernel,
     }[name]
+
+
+def attention_values(case: Case) -> dict[str, object]:
+    """Constants of attention to heads of 128, or to latents of 512 + 64."""
+    latent = case.kernel == "attend_latents"
+    formats = LATENTS[case.kinds[0]] if latent else cache_formats(case.kinds[0], False)
+    keys, values = (512, 64) if latent else (128, 128)
+    tile = 32 if latent else largest_tile(formats.keys.group)
+    return {
+        "KEY_BITS": formats.keys.bits, "KEY_GROUP": formats.keys.group, "VALUE_BITS": formats.values.bits,
+        "VALUE_GROUP": formats.values.group, "KEY_WIDTH": keys, "VALUE_WIDTH": values, "D": keys, "E": values,
+        "M": case.block_m, "T": tile, "TILES": CHUNK // tile, "HAS_MASK": case.masked,
+    }  # fmt: skip
 
 
 def compile_case(case: Case):
@@ -53,16 +74,22 @@ def compile_case(case: Case):
         "HAS_BIAS": False, "BIASED": 0, "KINDS": case.kinds, "BM": case.block_m, "STAGES": case.launch[2],
         "PAIRS": case.pairs, "HAS_SPARSE": ANY_SPARSE in case.kinds, "PLAIN": False,
     }  # fmt: skip
+    if case.is_attention:
+        values |= attention_values(case)
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
-        name, what = parameter.name, re.sub("_[abc]$", "", parameter.name)  # one of several matrices
-        if parameter.is_constexpr or what == "bias":
+        name = parameter.name
+        what = re.sub("_[abc]$", "", name) if case.kernel == "linears" else name  # one of several matrices
+        if parameter.is_constexpr or what == "bias" or (name == "mask" and not case.masked):
             signature[name], constants[(place,)] = "constexpr", values.get(name)
             continue
         pointer = case.dtype if what in OF_DTYPE else POINTERS.get(what)
         if name == "out" and case.kernel == "experts_many" and len(case.kinds) > 1:
             pointer = "fp32"  # kinds add to it one after another
-        signature[name] = f"*{pointer}" if pointer else "i32"
+        if name == "out" and case.is_attention:
+            pointer = "fp32"
+        scalar = "fp32" if name == "scale" else "i32"
+        signature[name] = f"*{pointer}" if pointer else scalar
         if pointer or (name in ("n", "k") and case.aligned):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

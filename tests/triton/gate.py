@@ -27,7 +27,9 @@ def violations(case: Case, measured: Measurement, triton: str) -> list[str]:
     if measured.error:
         return [f"does not compile: {measured.error}"]
     found = list(_of_kernel(case, measured))
-    if case.kernel not in ("dequantize", "embedding"):
+    if case.is_attention:
+        found += _of_attention(case, measured)
+    elif case.kernel not in ("dequantize", "embedding"):
         found += _of_loops(case, measured, tuple(map(int, triton.split("."))))
     return found
 
@@ -44,6 +46,19 @@ def _of_kernel(case: Case, measured: Measurement) -> Iterator[str]:
         yield "the PTX is a trap: the compiler gave up without saying so"
     if measured.serialised:
         yield f"matrix instructions wait for each other: ptxas says {', '.join(measured.serialised)}"
+
+
+def _of_attention(case: Case, measured: Measurement) -> Iterator[str]:
+    """One loop over tiles; decoded codes go through shared memory, as both products want another layout of them."""
+    if len(measured.loops) != 1:
+        yield f"{len(measured.loops)} loops with matrix instructions where one over tiles was expected"
+    for loop in measured.loops:
+        if loop.mma != "HMMA":
+            yield f"multiplies with {loop.mma}, HMMA expected"
+        if not loop.copies:
+            yield "packed codes are not copied ahead: no LDGSTS of 16 bytes in the loop"
+        if loop.wide_loads:
+            yield f"{loop.wide_loads} wide loads wait for global memory inside the loop"
 
 
 def _of_loops(case: Case, measured: Measurement, triton: tuple[int, ...]) -> Iterator[str]:

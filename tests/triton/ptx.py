@@ -98,11 +98,9 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     pool = np.stack([(source >> (8 * i)) & 0xFF for source in (a, b) for i in range(4)])
     result = np.zeros_like(a)
     for place in range(4):
-        nibble = (int(selector.flat[0]) >> (4 * place)) & 15
-        byte = pool[nibble & 7]
-        if nibble & 8:
-            byte = (byte >> 7) * 0xFF
-        result |= byte << (8 * place)
+        nibble = (selector >> (4 * place)) & 15
+        byte = np.take_along_axis(pool, (nibble & 7)[None].astype(np.int64), axis=0)[0]
+        result |= np.where(nibble & 8, (byte >> 7) * 0xFF, byte) << (8 * place)
     return result
 
 

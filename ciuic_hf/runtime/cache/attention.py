@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ciuic_hf.planning.tiles import TILE
+from ciuic_hf.runtime.cache import fused
 from ciuic_hf.runtime.cache.codes import rotate
 from ciuic_hf.runtime.cache.store import History, Tile
 
@@ -116,6 +117,8 @@ def attend(query: Tensor, history: History, scale: float, mask: Mask) -> Tensor:
     Returns:
         ``[B, heads, Q, E]`` in the dtype of the query.
     """
+    if fused.choose(query, history, mask, latent=False).launch is not None:
+        return fused.attend_heads(query, history, scale, mask)
     batch, heads, _, width = query.shape
     values_width = history.fresh[1].shape[-1]
     cached = history.fresh[0].shape[1]

@@ -12,18 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
-"""Bits of a code -> bits of each of its planes, lowest first."""
-
-# J. Max, Quantizing for minimum distortion, IRE Trans. Inf. Theory 6 (1960), table I: magnitudes of the levels.
-LLOYD = {
-    2: (0.4528, 1.510),
-    3: (0.2451, 0.7560, 1.344, 2.152),
-    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
-}
-
-SCALES_PER_OCTAVE = 8
-_SCALE_OF_ONE = 168
+from ciuic_kernels.cache_codes import LLOYD, PLANES, SCALE_OF_ONE, SCALES_PER_OCTAVE
 
 
 def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
@@ -104,7 +93,7 @@ def _bit_table(zero: int, one: int, device: torch.device) -> Tensor:
 @cache
 def scale_table(device: torch.device) -> Tensor:
     """float32 ``[256]``: what a scale byte stands for, eight an octave from 2^-21 to 1722; 255 is NaN."""
-    scales = [2.0 ** ((i - _SCALE_OF_ONE) / SCALES_PER_OCTAVE) for i in range(255)]
+    scales = [2.0 ** ((i - SCALE_OF_ONE) / SCALES_PER_OCTAVE) for i in range(255)]
     return torch.tensor([*scales, float("nan")], device=device)
 
 

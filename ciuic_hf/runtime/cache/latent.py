@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ciuic_hf.planning.tiles import TILE, LatentShape
+from ciuic_hf.runtime.cache import fused
 from ciuic_hf.runtime.cache.attention import Mask, accumulate, compute_dtype
 from ciuic_hf.runtime.cache.codes import rotate
 from ciuic_hf.runtime.cache.store import History, Tile
@@ -47,6 +48,10 @@ def attend_latent(
     """
     dtype = compute_dtype(query)
     nope, rotary = (query.to(dtype) * scale).split([shape.nope, shape.rope], dim=-1)
+    if up.can_absorb and fused.choose(query, history, mask, latent=True).launch is not None:
+        absorbed, turned = up.absorb(nope).to(query.dtype), rotary.to(query.dtype)
+        out = fused.attend_absorbed(absorbed, turned, history, mask)
+        return up.project(out.to(dtype)).to(query.dtype)
     if up.can_absorb and shape.absorbs(query.shape[2]):
         return _absorbed(nope, rotary, history, up, shape, mask).to(query.dtype)
     return _expanded(nope, rotary, history, up, shape, mask, query.dtype).to(query.dtype)

@@ -17,6 +17,7 @@ from ciuic_hf.planning.cache_formats import CHUNK, TAIL, CacheFormats, ChannelFo
 from ciuic_hf.planning.tiles import tile_tokens
 from ciuic_hf.runtime.cache.codes import rotate
 from ciuic_hf.runtime.cache.encoding import Record, decode_into, empty_record, encode, narrow_record
+from ciuic_hf.runtime.cache.pages import PageTable, PageTables
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class LayerStore:
         self.formats = formats
         self.segments: list[Segment] = []
         self.tail: tuple[Tensor, Tensor] | None = None
+        self.tables = PageTables()
 
     @property
     def packed(self) -> int:
@@ -101,6 +103,7 @@ class LayerStore:
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
+        self.tables.clear()
         packed = self.packed
         if self.tail is not None:
             kept = max(0, length - packed)
@@ -123,6 +126,7 @@ class LayerStore:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor, such as by the same on another device or other sequences of the batch."""
+        self.tables.clear()
         self.segments = [segment.map(fn) for segment in self.segments]
         if self.tail is not None:
             self.tail = (fn(self.tail[0]), fn(self.tail[1]))
@@ -155,6 +159,22 @@ class History:
         self.fresh = (keys, values)
         self.past = len(store)
         self.length = self.past + keys.shape[2]
+        self._tables = store.tables
+
+    @property
+    def packed(self) -> int:
+        """Tokens in segments."""
+        return sum(segment.tokens for segment in self.segments)
+
+    def page_table(self) -> PageTable:
+        """The segments as kernels find them."""
+        return self._tables.of(self.segments)
+
+    def unpacked(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens after the packed ones, as they came."""
+        if self.tail is None:
+            return self.fresh
+        return torch.cat([self.tail[0], self.fresh[0]], 2), torch.cat([self.tail[1], self.fresh[1]], 2)
 
     def tiles(self, dtype: torch.dtype, tokens: int) -> Iterator[Tile]:
         """All tokens in order, at most about ``tokens`` at a time; a tile is overwritten by the next one."""
