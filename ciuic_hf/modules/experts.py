@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ciuic_hf.modules.packed import PackedModule, adopt
+from ciuic_hf.planning.memory import SUMMED
 from ciuic_kernels import ops
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
@@ -25,10 +26,6 @@ _UNSUPPORTED = {
     "is_concatenated": (False, "gate and up are interleaved"),
     "has_post_expert_norm": (True, "it normalises after each expert"),
 }
-
-
-SUMMED = 1 << 23
-"""Elements whose weighted sum is formed at a time when no gradient is needed: it is formed in float32."""
 
 
 class LowRank(NamedTuple):

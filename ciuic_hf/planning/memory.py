@@ -10,8 +10,8 @@ one moment:
   well. A sliding window is not taken into account. With ``cache_bits`` what a CiuicCache allocates, see
   :mod:`ciuic_hf.planning.cache_formats`.
 * activations, while the feed-forward part gates: the embedding, the residual twice and its normalised copy, and of
-  the widest dense part three times its width. Routed experts have a row for each token and expert of it; their
-  weighted sum is formed in float32, to which a CPU copies them first.
+  the widest dense part three times its width. Routed experts have a row for each token and expert of it. Some rows at
+  a time are weighted in float32, to which a CPU copies them first.
 * attention: by how much attention exceeds that. MLA expands its whole history: the product of ``kv_b_proj``, and keys
   joined with their rotary part. Which scores are formed depends on the path, see :data:`PATHS`. The indexer of
   V3.2 forms ``[tokens, heads, context]`` scores in float32, and expands its keys for every query. MLA on a
@@ -33,6 +33,8 @@ from ciuic_hf.planning.attending import BAND_WEIGHTS, Piece, attention_nbytes, m
 from ciuic_hf.planning.cache_formats import cache_nbytes, cache_nbytes_per_token
 
 SLACK = 0.02
+SUMMED = 1 << 23
+"""Elements of routed experts' outputs whose weighted sum is formed at a time, in float32."""
 PATHS = ("flash", "math", "eager", "tiled")
 """How attention is computed: without scores in memory; by torch's fallback, which forms them twice in float32 and
 copies queries, keys and values to it; by transformers' eager code, which forms them in the model's dtype and in
@@ -135,7 +137,7 @@ def footprint(config: Mapping[str, Any], context: int, batch: int = 1, run: Run 
         cache = cache_nbytes(config, run.cache_bits, context, batch, element)
         cache += element * sizes.index_width * sizes.layers * piece.cached
     mask, tokens = mask_nbytes(sizes, run, piece), piece.tokens
-    activations = mask + tokens * sizes.feed_forward_nbytes(element, run.device)
+    activations = mask + sizes.feed_forward_nbytes(element, run.device, tokens)
     attention = mask + attention_nbytes(sizes, run, piece)
     product = mask + tokens * sizes.product_nbytes(element) + sizes.band_nbytes(element, run.device, tokens)
     parts = {
@@ -210,13 +212,17 @@ class Sizes:
         )
         self.expert = int(config.get("moe_intermediate_size") or 0)
 
-    def feed_forward_nbytes(self, element: int, device: str) -> int:
-        """Of one token, while the widest feed-forward part gates or sums."""
-        copied = 4 if device == "cpu" and element < 4 else 0
-        dense = 3 * self.dense * element
-        gating = self.routed * 4 * self.expert * element
-        summing = self.routed * (2 * self.expert * element + self.hidden * (element + 4 + copied))
-        return 4 * self.hidden * element + max(dense, gating, summing)
+    def feed_forward_nbytes(self, element: int, device: str, tokens: int) -> int:
+        """While the widest feed-forward part gates, forms the routed experts' outputs, or sums them."""
+        rows, float32 = tokens * self.routed, 4
+        copied = float32 if device == "cpu" and element < 4 else 0  # torch's, to multiply with weights
+        formed = float32 if device == "cuda" else 0  # blocks of several codecs add up in float32
+        dense = tokens * 3 * self.dense * element
+        gating = rows * self.expert * max(4 * element, 2 * (element + formed))
+        forming = rows * (self.expert * element + self.hidden * (element + formed))
+        summing = (rows + tokens) * self.hidden * element
+        summing += min(rows * self.hidden, SUMMED) * (float32 + copied)
+        return tokens * 4 * self.hidden * element + max(dense, gating, forming, summing)
 
     def product_nbytes(self, element: int) -> int:
         """Of one token, while the second product of a dense part is formed."""

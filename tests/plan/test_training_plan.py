@@ -87,7 +87,7 @@ def test_bad_requests_get_a_sentence(
 def test_cache_bits_are_the_most_that_leave_weights_enough(
     qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--context", "131072", "--batch", "2"]
+    given = ["--context", "131072", "--batch", "2", "--prefill-chunk", "none"]
     full = plan(qwen, capsys, *given, "--bits", "4.25")
     for share, expected in ((0, None), (0.25, 8), (0.6, 4)):
         memory = str(full["nbytes"] - int(share * full["budget"]["cache"]))

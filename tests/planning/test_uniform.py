@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.planning.uniform import LADDER, codec_ids
 from ciuic_kernels import BlockGrid, all_codecs, codec_by_id, codec_by_name
+from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS
 from ciuic_kernels.layout import arena_nbytes, block_nbytes
 
 SIDES = st.integers(1, 700)
@@ -58,8 +61,20 @@ def test_misses_the_budget_by_less_than_the_largest_upgrade(rows: int, cols: int
 
 @given(SIDES, SIDES, BITS, BITS)
 def test_more_bits_never_store_less(rows: int, cols: int, one: float, other: float) -> None:
+    """Where blocks at the edge are smaller, to within the upgrade of one block, which both may miss the budget by."""
     few, many = sorted((one, other))
     ids, grid = plan(rows, cols, few)
+    sizes = [block_nbytes(torch.full_like(ids, codec_by_name(name).id), grid)[0] for name in LADDER]
+    upgrade = max(int((more - less).max()) for less, more in pairwise(sizes))
+    assert stored(ids, grid) < stored(codec_ids(grid.shape, many), grid) + upgrade
+
+
+@given(st.integers(1, 6), st.integers(1, 4), BITS, BITS)
+def test_more_bits_never_store_less_in_whole_blocks(
+    strips: int, kblocks: int, one: float, other: float
+) -> None:
+    few, many = sorted((one, other))
+    ids, grid = plan(strips * BLOCK_ROWS, kblocks * BLOCK_COLS, few)
     assert stored(ids, grid) <= stored(codec_ids(grid.shape, many), grid)
 
 

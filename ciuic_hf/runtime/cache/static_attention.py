@@ -3,7 +3,7 @@
 Tiles run over the pages and then over tail and new tokens; what the counters exclude is hidden like any masked token.
 On a CPU the counter is read, so that pages nobody has written are not; on a GPU it never leaves the device, every page
 is decoded, and a CUDA graph can be replayed while the cache grows. To a compiler it is one operator,
-``ciuic::attend_static``: a kernel that reads pages and counters goes into its implementation.
+``ciuic_hf::attend_static``: a kernel that reads pages and counters goes into its implementation.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class StaticHistory:
 
     def dense(self, which: int) -> Tensor:
         """All keys (0) or values (1) ``[B, H, capacity, D]`` as a static cache without bits has them."""
-        out: Tensor = torch.ops.ciuic.static_dense(*self._arguments(), self.capacity, which)
+        out: Tensor = torch.ops.ciuic_hf.static_dense(*self._arguments(), self.capacity, which)
         return out
 
     def _arguments(self) -> tuple[object, ...]:
@@ -155,7 +155,7 @@ def attend_heads(query: Tensor, history: StaticHistory, scale: float, mask: Tens
         ``[B, heads, Q, E]`` in the dtype of the query.
     """
     arguments = history._arguments()
-    out: Tensor = torch.ops.ciuic.attend_static(query, None, *arguments, mask, scale)
+    out: Tensor = torch.ops.ciuic_hf.attend_static(query, None, *arguments, mask, scale)
     return out
 
 
@@ -169,7 +169,7 @@ def attend_latents(
 ) -> Tensor:
     """Attention to latents, absorbed; see ``runtime.cache.latent.attend_latent``."""
     nope, rotary = query.to(compute_dtype(query)).split([shape.nope, shape.rope], dim=-1)
-    sums = torch.ops.ciuic.attend_static(up.absorb(nope), rotary, *history._arguments(), mask, scale)
+    sums = torch.ops.ciuic_hf.attend_static(up.absorb(nope), rotary, *history._arguments(), mask, scale)
     return up.project(sums).to(query.dtype)
 
 
@@ -198,7 +198,7 @@ def attend_expanded(
     return out[:, :, 0].to(query.dtype)
 
 
-@torch.library.custom_op("ciuic::attend_static", mutates_args=())
+@torch.library.custom_op("ciuic_hf::attend_static", mutates_args=())
 def attend_static(
     query: Tensor,
     rotary: Tensor | None,
@@ -277,7 +277,7 @@ def _attend_fake(
     return query.new_empty(*query.shape[:3], width)
 
 
-@torch.library.custom_op("ciuic::static_dense", mutates_args=())
+@torch.library.custom_op("ciuic_hf::static_dense", mutates_args=())
 def static_dense(
     keys: list[Tensor],
     values: list[Tensor],

@@ -77,7 +77,7 @@ class StaticStore:
         Raises:
             CiuicError: on a CPU, where they are more than the capacity; elsewhere that is an assertion on the device.
         """
-        torch.ops.ciuic.static_append(
+        torch.ops.ciuic_hf.static_append(
             [*self.records[0]], [*self.records[1]], [*self.tails], self.length, self.packed, *recent, self.bits,
             self.latent, self.capacity,
         )  # fmt: skip
@@ -140,7 +140,9 @@ def _pages(like: Tensor, pages: int, fmt: Format) -> Record:
     return tuple(part.new_zeros(pages, *part.shape) for part in of_page)
 
 
-@torch.library.custom_op("ciuic::static_append", mutates_args=("keys", "values", "tails", "length", "packed"))
+@torch.library.custom_op(
+    "ciuic_hf::static_append", mutates_args=("keys", "values", "tails", "length", "packed")
+)
 def static_append(
     keys: list[Tensor],
     values: list[Tensor],
