@@ -53,7 +53,13 @@ def call(store: StaticStore, latent: bool, queries: int, padded: bool) -> tuple[
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize(
     ("bits", "past", "queries", "padded"),
-    [(4, 230, 1, False), (8, 700, 3, True), (3, 230, 1, True), (2, 700, 2, False), (4, 20, 1, True)],
+    [
+        (4, 230, 1, False),
+        (8, 700, 3, True),
+        (4, 20, 1, True),
+        pytest.param(3, 230, 1, True, marks=pytest.mark.slow),
+        pytest.param(2, 700, 2, False, marks=pytest.mark.slow),
+    ],
 )
 def test_kernel_and_tiles_give_the_same(
     latent: bool, bits: int, past: int, queries: int, padded: bool, monkeypatch: pytest.MonkeyPatch

@@ -115,7 +115,9 @@ def attend(query: Tensor, rope: Tensor | None, step: Step, scale: float) -> Tens
             times Wk ``[B, heads, Q, rank]`` then.
     """
     formats, (keys, values) = step.formats, step.unpacked
-    queries, others, summed = (query,), (keys,), formats.values
+    summed = formats.values
+    queries: tuple[Tensor, ...] = (query,)
+    others: tuple[Tensor, ...] = (keys,)
     if rope is not None:
         queries, others, summed, values = (query, rope), (keys, values), formats.keys, keys
     turned = [
