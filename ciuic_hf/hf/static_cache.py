@@ -89,7 +89,7 @@ class CiuicStaticLayer(StaticLayer):
         assert self.store is not None
         self.cumulative_length = self.store.length
         if not torch.compiler.is_compiling():
-            for tensor in self.store.tensors():
+            for tensor in (*self.store.tensors(), self.store.addresses):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ciuic_hf import CiuicCache, use_ciuic_attention
 from ciuic_hf.planning import cache_formats
-from ciuic_hf.runtime.cache import fused
+from ciuic_hf.runtime.cache import fused, static_attention, static_store
 from tests.triton.interpreted import gpu_kernels, needs_interpreter
 from tests.triton.pages import LATENTS
 
@@ -20,14 +20,16 @@ pytestmark = needs_interpreter
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None, "max_new_tokens": 3}
 
 
-def steps(model: Any, ids: Tensor, bits: int, mask: Tensor, new: int) -> Tensor:
-    """Logits of the last tokens, ``new`` at a time, after the others at once."""
-    cache, start = CiuicCache(model.config, bits), ids.shape[1] - 2 * new
+def steps(
+    model: Any, ids: Tensor, bits: int, mask: Tensor, new: int, forward: Any = None, room: int | None = None
+) -> Tensor:
+    """Logits of the last tokens, ``new`` at a time, after the others at once; steps by ``forward``."""
+    cache, start = CiuicCache(model.config, bits, max_cache_len=room), ids.shape[1] - 2 * new
     positions = mask.cumsum(1).sub(1).clamp(min=0)
     parts = []
     with torch.no_grad():
         for first, last in ((0, start), (start, start + new), (start + new, ids.shape[1])):
-            out = model(
+            out = (model if first == 0 or forward is None else forward)(
                 ids[:, first:last], attention_mask=mask[:, :last], position_ids=positions[:, first:last],
                 past_key_values=cache,
             )  # fmt: skip
@@ -71,6 +73,43 @@ def test_kernel_and_tiles_give_the_same_logits(
     assert len(calls) == 2 * model.config.num_hidden_layers
     real = mask[:, -2 * new :].bool()
     error = (kernel - tiles)[real].float().norm() / tiles[real].float().norm()
+    assert error < 0.01 and kernel.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "bits", "compiles"),
+    [
+        ("qwen2_tied", 8, True),
+        pytest.param("qwen2_tied", 4, False, marks=pytest.mark.slow),
+        pytest.param("v3_bf16", 4, True, marks=pytest.mark.slow),
+        pytest.param("v3_bf16", 2, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cache_of_fixed_length_gives_the_same_logits(
+    family: str,
+    bits: int,
+    compiles: bool,
+    checkpoint: Callable[[str], Path],
+    load: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In float16, with padding, by counters that nothing reads; also where a step is one graph."""
+    for module in (static_store, static_attention):
+        monkeypatch.setattr(module, "can_be_read", lambda _: False)
+    monkeypatch.setattr(static_attention, "compute_dtype", lambda like: like.dtype)  # as on a GPU
+    model = use_ciuic_attention(load(checkpoint(family), dtype=torch.float16))
+    ids = torch.randint(2, 290, (2, 170))
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    tiles = steps(model, ids, bits, mask, 1, room=300)
+    calls, packed = [], fused._packed
+    monkeypatch.setattr(fused, "_packed", lambda *args: calls.append(1) or packed(*args))
+    forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager") if compiles else None
+    with gpu_kernels():
+        kernel = steps(model, ids, bits, mask, 1, forward, room=300)
+    torch.compiler.reset()
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    error = (kernel - tiles).float().norm() / tiles.float().norm()
     assert error < 0.01 and kernel.isfinite().all()
 
 

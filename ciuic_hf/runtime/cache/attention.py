@@ -118,7 +118,8 @@ def attend(query: Tensor, history: History, scale: float, mask: Mask) -> Tensor:
         ``[B, heads, Q, E]`` in the dtype of the query.
     """
     if fused.choose(query, history, mask, latent=False).launch is not None:
-        return fused.attend_heads(query, history, scale, mask)
+        step = fused.Step.of(history, query.shape[2], mask)
+        return fused.attend(query, None, step, scale).to(query.dtype)
     batch, heads, _, width = query.shape
     values_width = history.fresh[1].shape[-1]
     cached = history.fresh[0].shape[1]

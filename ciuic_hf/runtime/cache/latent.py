@@ -50,7 +50,7 @@ def attend_latent(
     nope, rotary = (query.to(dtype) * scale).split([shape.nope, shape.rope], dim=-1)
     if up.can_absorb and fused.choose(query, history, mask, latent=True).launch is not None:
         absorbed, turned = up.absorb(nope).to(query.dtype), rotary.to(query.dtype)
-        out = fused.attend_absorbed(absorbed, turned, history, mask)
+        out = fused.attend(absorbed, turned, fused.Step.of(history, query.shape[2], mask), 1.0)
         return up.project(out.to(dtype)).to(query.dtype)
     if up.can_absorb and shape.absorbs(query.shape[2]):
         return _absorbed(nope, rotary, history, up, shape, mask).to(query.dtype)

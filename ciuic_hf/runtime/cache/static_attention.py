@@ -1,9 +1,9 @@
 """Attention over a ``StaticStore``, by shapes that do not depend on its length.
 
-Tiles run over the pages and then over tail and new tokens; what the counters exclude is hidden like any masked token.
-On a CPU the counter is read, so that pages nobody has written are not; on a GPU it never leaves the device, every page
-is decoded, and a CUDA graph can be replayed while the cache grows. To a compiler it is one operator,
-``ciuic_hf::attend_static``: a kernel that reads pages and counters goes into its implementation.
+To a compiler it is one operator, ``ciuic_hf::attend_static``. Where the kernel of :mod:`.fused` serves, that reads the
+pages in place and torch operations the rest. Elsewhere tiles run over the pages and then over tail and new tokens; what
+the counters exclude is hidden like any masked token. On a CPU the counter is read, so that pages nobody has written are
+not; on a GPU it never leaves the device, tiles decode every page, and a CUDA graph can be replayed while a cache grows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ciuic_hf.planning.cache_formats import CHUNK, CacheFormats, cache_formats
 from ciuic_hf.planning.tiles import TILE, LatentShape
+from ciuic_hf.runtime.cache import static_fused
 from ciuic_hf.runtime.cache.attention import Mask, Prepare, accumulate, compute_dtype
 from ciuic_hf.runtime.cache.codes import rotate
 from ciuic_hf.runtime.cache.encoding import decode, narrow_record
@@ -33,6 +34,7 @@ class StaticHistory:
 
     Attributes:
         records: of keys and of values, ``[pages, ...]``.
+        addresses: of them, int64 ``[pages, parts]``; none where there are no pages that the kernel could read.
         packed, past: int64 ``[]`` on the device, tokens that are packed and in all, without the step's.
         recent: ``[B, H, T + t, D]`` and ``[B, H, T + t, E]``, the last T tokens before the step, then the step's t.
         tokens: t.
@@ -40,6 +42,7 @@ class StaticHistory:
     """
 
     records: tuple[list[Tensor], list[Tensor]]
+    addresses: Tensor
     packed: Tensor
     past: Tensor
     recent: tuple[Tensor, Tensor]
@@ -54,7 +57,9 @@ class StaticHistory:
         records = ([*store.records[0]], [*store.records[1]])
         recent, tokens = store.recent(keys, values), keys.shape[2]
         packed, past = store.packed.clone(), store.length.clone()
-        return cls(records, packed, past, recent, tokens, store.capacity, store.bits, store.latent)
+        return cls(
+            records, store.addresses, packed, past, recent, tokens, store.capacity, store.bits, store.latent
+        )
 
     @property
     def formats(self) -> CacheFormats:
@@ -114,7 +119,7 @@ class StaticHistory:
 
     def _arguments(self) -> tuple[object, ...]:
         return (
-            *self.records, self.packed, self.past, *self.recent, self.tokens, self.bits, self.latent,
+            *self.records, self.addresses, self.packed, self.past, *self.recent, self.tokens, self.bits, self.latent,
         )  # fmt: skip
 
 
@@ -204,6 +209,7 @@ def attend_static(
     rotary: Tensor | None,
     keys: list[Tensor],
     values: list[Tensor],
+    addresses: Tensor,
     packed: Tensor,
     past: Tensor,
     recent_keys: Tensor,
@@ -223,7 +229,9 @@ def attend_static(
     """
     capacity = 0 if mask is None else mask.shape[-1]
     recent = (recent_keys, recent_values)
-    history = StaticHistory((keys, values), packed, past, recent, tokens, capacity, bits, latent)
+    history = StaticHistory((keys, values), addresses, packed, past, recent, tokens, capacity, bits, latent)
+    if static_fused.serves(query, history, mask, rotary is not None):
+        return _fused(query, rotary, history, mask, scale).to(query.dtype)
     dtype, formats = compute_dtype(query), history.formats
     parts = [query.to(dtype) * scale] + ([] if rotary is None else [rotary.to(dtype) * scale])
     rotates = [formats.keys.rotates, formats.values.rotates]
@@ -236,6 +244,16 @@ def attend_static(
     if rotates[1 if rotary is None else 0]:
         out = rotate(out)
     return out.flatten(1, 2).to(query.dtype)
+
+
+def _fused(
+    query: Tensor, rotary: Tensor | None, history: StaticHistory, mask: Tensor | None, scale: float
+) -> Tensor:
+    """float32 ``[B, heads, Q, E]``, by the kernel."""
+    hidden = _StaticMask.of(history, mask)
+    return static_fused.attend(
+        query, rotary, history, mask, lambda scores: hidden.apply(scores, 0, history.paged, 0), scale
+    )
 
 
 def _accumulate(
@@ -263,6 +281,7 @@ def _attend_fake(
     rotary: Tensor | None,
     keys: list[Tensor],
     values: list[Tensor],
+    addresses: Tensor,
     packed: Tensor,
     past: Tensor,
     recent_keys: Tensor,
@@ -281,6 +300,7 @@ def _attend_fake(
 def static_dense(
     keys: list[Tensor],
     values: list[Tensor],
+    addresses: Tensor,
     packed: Tensor,
     past: Tensor,
     recent_keys: Tensor,
@@ -293,7 +313,7 @@ def static_dense(
 ) -> Tensor:
     """See ``StaticHistory.dense``; zero where no token is."""
     recent = (recent_keys, recent_values)
-    history = StaticHistory((keys, values), packed, past, recent, tokens, capacity, bits, latent)
+    history = StaticHistory((keys, values), addresses, packed, past, recent, tokens, capacity, bits, latent)
     fmt, newest = (history.formats.keys, history.formats.values)[which], recent[which]
     # One row more than there are tokens: for columns that are none.
     out = newest.new_zeros(*newest.shape[:2], capacity + 1, newest.shape[3])
@@ -312,6 +332,7 @@ def static_dense(
 def _dense_fake(
     keys: list[Tensor],
     values: list[Tensor],
+    addresses: Tensor,
     packed: Tensor,
     past: Tensor,
     recent_keys: Tensor,

@@ -7,6 +7,8 @@ The bytes of a token are those of :mod:`ciuic_hf.runtime.cache.store`; only wher
     length   int64 []            tokens in all, on the device
     packed   int64 []            how many of them are packed, on the device
 
+Beside them, not counted in sizes, are the addresses of the pages: 40 to 56 bytes of each.
+
 A step joins tail and new tokens, encodes the groups that may be due, and writes those that are. How many that is only
 the device knows, so on a GPU the shapes are those of the most that can be, and a group that is not due writes back the
 bytes that it finds: one token encodes one group. On a CPU the counters can be read, and only what is due is encoded.
@@ -15,6 +17,7 @@ bytes that it finds: one token encodes one group. On a CPU the counters can be r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +33,9 @@ from ciuic_hf.planning.cache_formats import (
     static_pages,
     static_tail,
 )
+from ciuic_hf.runtime.cache import fused
 from ciuic_hf.runtime.cache.encoding import Record, empty_record, encode
+from ciuic_hf.runtime.cache.static_fused import addresses_of
 
 
 class StaticStore:
@@ -40,6 +45,9 @@ class StaticStore:
         bits, latent: of the formats.
         capacity: tokens.
         keys, values: ``[B, H, any, D]`` and ``[B, H, any, E]``, for shape, dtype and device.
+
+    Attributes:
+        addresses: int64 ``[pages, parts]``, see ``addresses_of``.
     """
 
     def __init__(self, bits: int, latent: bool, capacity: int, keys: Tensor, values: Tensor) -> None:
@@ -51,13 +59,24 @@ class StaticStore:
         )
         self.tails = tuple(x.new_zeros(*x.shape[:2], tail, x.shape[3]) for x in (keys, values))
         self.length, self.packed = (torch.zeros((), dtype=torch.int64, device=keys.device) for _ in range(2))
+        self.addresses = addresses_of(self.records)
+        if self.addresses.shape[0] and self.addresses.device.type == "cuda":
+            fused.warm(self.formats, (keys, values))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "addresses"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose pages lie elsewhere."""
+        self.__dict__.update(state)
+        self.addresses = addresses_of(self.records)
 
     @property
     def formats(self) -> CacheFormats:
         return cache_formats(self.bits, self.latent)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything that is allocated."""
+        """Everything that is allocated but the addresses."""
         for record in self.records:
             yield from record
         yield from self.tails
@@ -113,20 +132,20 @@ class StaticStore:
 
     def select(self, indices: Tensor) -> None:
         """Replace the sequences of the batch by others of it, as many as they are, in place."""
-        self._per_sequence(lambda x, axis: x.copy_(x.index_select(axis, indices.to(x.device))))
+        for axis, parts in ((1, (*self.records[0], *self.records[1])), (0, self.tails)):
+            for x in parts:
+                x.copy_(x.index_select(axis, indices.to(x.device)))
 
     def map_batch(self, fn: Callable[[Tensor, int], Tensor]) -> None:
         """Replace every tensor by ``fn(tensor, axis of the batch)``, which may have another batch."""
-        self._per_sequence(fn)
-
-    def _per_sequence(self, fn: Callable[[Tensor, int], Tensor]) -> None:
         keys, values = (tuple(fn(part, 1) for part in record) for record in self.records)
         self.records = (keys, values)
         self.tails = tuple(fn(tail, 0) for tail in self.tails)
+        self.addresses = addresses_of(self.records)
 
     def move(self, device: torch.device | str) -> None:
         """Everything but the counters."""
-        self._per_sequence(lambda x, _: x.to(device, non_blocking=True))
+        self.map_batch(lambda x, _: x.to(device, non_blocking=True))
 
 
 def can_be_read(counter: Tensor) -> bool:
