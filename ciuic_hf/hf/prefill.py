@@ -18,7 +18,8 @@ from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.planning.prefill_chunk import AUTO
 
 CACHE = "past_key_values"
-_CUTS = {"full_attention", "sliding_attention", "indexed_attention"}  # layers that go on from what is cached
+# Layers that go on from what is cached; the last is what transformers 5.17 calls those of DeepSeek-V3.2.
+_CUTS = {"full_attention", "sliding_attention", "indexed_attention", "deepseek_sparse_attention"}
 
 
 def why_whole(model: Any) -> str | None:
