@@ -81,6 +81,9 @@ def install() -> None:
     if getattr(original, "wrapped_by_ciuic", False):
         return
 
+    # transformers 5.17 cuts all tokens of a conversation, those that are cached too: later turns go in at once there.
+    goes_on = "prefill_ids" in original.__code__.co_varnames
+
     @wraps(original)
     def prefill(
         self: Any,
@@ -93,7 +96,13 @@ def install() -> None:
         if chunk is not None and chunk == _chunk_of(self):
             embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
             cache = model_kwargs.get(CACHE)
-            if cache is None or embeds is not None or _is_short(input_ids, chunk, cache, model_kwargs):
+            again = not goes_on and cache is not None and cache.get_seq_length() > 0
+            if (
+                cache is None
+                or embeds is not None
+                or again
+                or _is_short(input_ids, chunk, cache, model_kwargs)
+            ):
                 generation_config = copy.copy(generation_config)
                 generation_config.prefill_chunk_size = None
             if cache is not None and embeds is not None:
