@@ -25,7 +25,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from ciuic_hf.checkpoint import check_files, checkpoint_files
 from ciuic_hf.errors import CiuicError
@@ -33,6 +32,7 @@ from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.decoder_layers import decoder_layers
 from ciuic_hf.hf.merge import merge_for_ciuic
 from ciuic_hf.hf.quantizer import CiuicQuantizer
+from ciuic_hf.hf.reporting import quietly
 
 
 class StreamedModel:
@@ -116,7 +116,7 @@ class StreamedModel:
             weight_mapping=self._mapping,
             device_map={"": self._device},
         )
-        with ExitStack() as files, _quiet():
+        with ExitStack() as files, quietly():
             opened = {
                 file: files.enter_context(safe_open(file, framework="pt"))
                 for file in set(self._files[name].values())
@@ -136,15 +136,3 @@ def _passive_quantizer(config: Any, path: Path) -> CiuicQuantizer:
         wanted = merged
         del config.quantization_config
     return CiuicQuantizer(wanted, pre_quantized=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a progress bar for every layer."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

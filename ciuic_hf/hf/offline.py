@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ciuic_hf.hf.merge import merge_for_ciuic
 from ciuic_hf.hf.offline_destinations import Rehearsal, Streaming
 from ciuic_hf.hf.origin import Origin, copy_companions, find_origin
 from ciuic_hf.hf.recording import Recording, record_save
+from ciuic_hf.hf.reporting import quietly
 from ciuic_hf.hf.unfinished import Unfinished, describe_work, unfinished_path
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
@@ -83,7 +83,7 @@ def compress_checkpoint(
     _check_source(origin)
     _check_target(target, origin)
     saving.install()
-    with PeakMemory() as peak, _quietly():
+    with PeakMemory() as peak, quietly():
         rehearsal = Rehearsal()
         model = _load(origin, config, rehearsal)
         plan = describe_work(origin, config, max_shard_size, rehearsal.codec_ids)
@@ -194,17 +194,3 @@ def _stream(
     assert not left, f"never written: {sorted(left)[:3]}"
     rounded: Rounded | None = loaded.ciuic_report.rounded
     return rounded
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the progress bars and the table of a load."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.runtime.stochastic import BITS, PackedGroups, pack, unpack
+from ciuic_hf.runtime.stochastic import BITS, PackedOrExact, pack, unpack
 
 # Values that share a scale of two bytes: 8.125, 4.25 and 2.5 bits in all.
 SIGNED_GROUPS = {8: 128, 4: 64, 2: 32}
@@ -28,21 +27,8 @@ class Compressor(Protocol):
         """A new tensor."""
 
 
-@dataclass(frozen=True)
-class StochasticTensor:
-    """What ``StochasticCompressor`` makes: groups, or the tensor as it was where it holds NaN or infinity."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    groups: PackedGroups | None
-    exact: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        """Everything stored."""
-        stored = self.groups if self.groups is not None else self.exact
-        assert stored is not None
-        return stored.nbytes
+class StochasticTensor(PackedOrExact):
+    """What ``StochasticCompressor`` makes."""
 
 
 class StochasticCompressor:

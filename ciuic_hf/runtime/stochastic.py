@@ -68,6 +68,29 @@ class PackedGroups:
         )
 
 
+@dataclass(frozen=True)
+class PackedOrExact:
+    """Groups of a tensor's values, or the tensor as it was where it holds NaN, infinity or more than 2^120.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        groups: its values; None where ``exact`` holds them.
+        exact: a tensor like it, or None.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    groups: PackedGroups | None
+    exact: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Everything stored."""
+        stored = self.groups if self.groups is not None else self.exact
+        assert stored is not None
+        return stored.nbytes
+
+
 def packed_nbytes(numel: int, bits: int, group: int, *, signed: bool, seeded: bool = False) -> int:
     """Bytes that ``numel`` values take."""
     groups_nbytes = -(-numel // group) * (group * bits // 8 + (2 if signed else 4))

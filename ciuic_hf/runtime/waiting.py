@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.runtime.packing import GROUPS, PACKABLE
-from ciuic_hf.runtime.stochastic import BITS, PackedGroups, pack, unpack
+from ciuic_hf.runtime.stochastic import BITS, PackedOrExact, pack, unpack
 
 
-@dataclass(frozen=True)
-class CompressedActivation:
-    """What ``compress_activation`` returns.
-
-    Attributes:
-        shape, dtype: of the tensor.
-        groups: its values; None where ``exact`` holds them.
-        exact: a copy of a tensor with NaN, infinity or magnitudes beyond 2^120.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    groups: PackedGroups | None
-    exact: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        """Everything stored."""
-        stored = self.groups if self.groups is not None else self.exact
-        assert stored is not None
-        return stored.nbytes
+class CompressedActivation(PackedOrExact):
+    """What ``compress_activation`` returns."""
 
     def decompress(self) -> Tensor:
         """A new tensor of the shape and dtype of the source, on its device, in row-major order."""
