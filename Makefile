@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+# One process a core, each about 1.5 GB; a file stays in one process, for what its tests build once.
+SPREAD := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo bench-load test test-all wheel-test aot aot-budgets lint types contracts format clean
@@ -21,11 +23,11 @@ bench-load: $(STAMP)  ## measure how fast, and in how much memory, a checkpoint 
 
 test: lint  ## format check, lint, types, import contracts, fast tests
 	@echo "pytest: fast tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SPREAD)
 
 test-all: lint  ## the same with the slow tests
 	@echo "pytest: all tests"
-	@$(BIN)/python -m pytest -m "slow or not slow"
+	@$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile thorough
 
 wheel-test: $(STAMP)  ## build the wheel, install it in a clean environment, run the demo there
 	@echo "pytest: the wheel, in a clean environment (a few minutes)"

@@ -20,11 +20,14 @@ from hypothesis import settings
 
 from ciuic_kernels.poison import poisoned_buffers
 
-torch.set_num_threads(min(4, os.cpu_count() or 1))
+# Of the processes that `make test` starts, each has its share of the cores.
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(4, os.cpu_count() or 1) // _PROCESSES))
 
 settings.register_profile("ciuic", deadline=None, print_blob=True)
 settings.register_profile("ci", settings.get_profile("ciuic"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "ciuic")
+settings.register_profile("thorough", settings(), max_examples=300)  # of `make test-all`
 
 
 @pytest.fixture(autouse=True)

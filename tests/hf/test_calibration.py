@@ -81,7 +81,7 @@ def test_moments_are_those_of_the_inputs(checkpoint: Callable[[str], Path]) -> N
     torch.testing.assert_close(found, wanted, atol=0.01 * float(wanted.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("family", ["v3_bf16", "v3_fp8"])
+@pytest.mark.parametrize("family", [pytest.param("v3_bf16", marks=pytest.mark.slow), "v3_fp8"])
 def test_calibrated_loads_store_the_same_bytes_with_less_error(
     family: str, checkpoint: Callable[[str], Path], calibration: Path, tmp_path: Path
 ) -> None:
@@ -107,7 +107,10 @@ def test_calibrated_loads_store_the_same_bytes_with_less_error(
 
 @pytest.mark.parametrize(
     ("family", "modules"),
-    [("v3_bf16", {"attention": "sparse", "experts": "sparse30"}), ("v3_fused", {})],
+    [
+        ("v3_bf16", {"attention": "sparse", "experts": "sparse30"}),
+        pytest.param("v3_fused", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_in_memory_is_rounded_as_from_pretrained_does(
     family: str, modules: dict[str, Any], checkpoint: Callable[[str], Path], calibration: Path

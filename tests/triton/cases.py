@@ -137,11 +137,22 @@ def attention_cases(arches: tuple[int, ...]) -> list[Case]:
 
 
 def fast_cases() -> list[Case]:
-    """For every change: products, and attention on sm_90."""
-    return [*_fast_products(), *attention_cases((90,))]
+    """For every change: products, and attention on sm_90, without what says little beside its neighbours."""
+    return [case for case in (*_products(), *attention_cases((90,))) if not _is_between(case)]
 
 
-def _fast_products() -> list[Case]:
+def _is_between(case: Case) -> bool:
+    """Whether a neighbour on either side is compiled as well: between the ends of widths, launches and caches."""
+    if case.is_attention:
+        return case.kinds == (3,) or (case.dtype == "fp16" and case.kernel == "attend_latents")
+    if case.kernel != "linear" or case.dtype != "bf16":
+        return False
+    if case.arch != 90:  # sm_89: the most shared memory only
+        return case.launch not in ((PREFILL,) if case.arch == 89 else (DECODE, PREFILL))
+    return case.kinds in [(GRIDS[width, 32].id,) for width in PLANES if 2 < width < 8]
+
+
+def _products() -> list[Case]:
     """All kinds in decode on sm_90, one or two of everything else."""
     cases = [Case("linear", 90, "bf16", (kind,)) for kind in (*ALL_KINDS, ANY)]
     cases += [Case("linear", arch, "bf16", (TYPICAL,), launch) for arch in ARCHES for launch in LAUNCHES]
@@ -158,7 +169,7 @@ def _fast_products() -> list[Case]:
 
 def end_cases() -> list[Case]:
     """For the first and the last supported Triton: all kinds in decode, one or two of everything else, everywhere."""
-    cases = [case for case in _fast_products() if case not in sibling_cases()]
+    cases = [case for case in _products() if case not in sibling_cases()]
     cases += [Case("linear", arch, "bf16", (kind,)) for arch in ARCHES for kind in (*ALL_KINDS, ANY)]
     cases += [Case("linear", arch, "bf16", (HEAVIEST,), launch) for arch in EXTREMES for launch in LAUNCHES]
     cases += [Case("linear", arch, "bf16", MIXTURE) for arch in ARCHES]

@@ -87,7 +87,7 @@ def test_products_of_any_sizes(
 def test_what_shares_a_launch(
     codecs: tuple[tuple[str, ...], ...], shared: bool, launches: list[str], poisoned_empty: None
 ) -> None:
-    operands = [sample((128, 512), seed, own) for seed, own in enumerate(codecs)]
+    operands = [sample((64, 512), seed, own) for seed, own in enumerate(codecs)]
     x = activations(2, 512, dtype=HALF)
     for y, w in zip(products(x, operands, [None] * len(operands)), operands, strict=True):
         assert_product(y, x, w.dense)
@@ -110,13 +110,13 @@ def test_the_bits_are_those_of_separate_launches_with_the_same_parts(programs: i
     """A program does what a program of the single kernel does, so only the number of parts can change a sum."""
     from ciuic_kernels.triton.linear import linear
 
-    operands = [sample((rows, 640), rows, EDGES) for rows in (128, 64)]
+    operands = [sample((rows, 640), rows, EDGES) for rows in (64, 40)]
     x = activations(4, 640, dtype=HALF)
     fields = {"x": x, "launch": Launch(8, 1, 3, programs)}
     outs = [
         kernels.linears(
             arenas=[w.arena for w in operands], tags=[w.tags for w in operands],
-            works=[w.derived.work for w in operands], biases=[None, None], rows=[128, 64],
+            works=[w.derived.work for w in operands], biases=[None, None], rows=[64, 40],
             kinds=sorted({kind for w in operands for kind in w.derived.kinds}), **fields,
         )
         for _ in range(2)
@@ -131,7 +131,7 @@ def test_the_bits_are_those_of_separate_launches_with_the_same_parts(programs: i
 
 
 def test_gradients_are_those_of_separate_products() -> None:
-    operands = [sample((rows, 256), rows, TWO_GRIDS) for rows in (130, 64)]
+    operands = [sample((rows, 256), rows, TWO_GRIDS) for rows in (70, 64)]
     grads = [activations(3, w.rows, dtype=HALF, seed=w.rows) for w in operands]
     leaves = [activations(3, 256, dtype=HALF).requires_grad_() for _ in range(2)]
     biases = [activations(64, dtype=HALF).requires_grad_() for _ in range(2)]
