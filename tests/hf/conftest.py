@@ -58,6 +58,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("DeepseekV2ForCausalLM", _MLA | {"scoring_func": "softmax", "topk_method": "greedy"}),
     "deepseek_v32": ("DeepseekV32ForCausalLM", _V32),
     "qwen2_tied": ("Qwen2ForCausalLM", _LLAMA | {"tie_word_embeddings": True}),
+    "qwen2_small": (
+        "Qwen2ForCausalLM",
+        _LLAMA | {"hidden_size": 128, "intermediate_size": 136, "tie_word_embeddings": True},
+    ),
     "llama_untied": ("LlamaForCausalLM", _LLAMA | {"tie_word_embeddings": False}),
     "llama_wide": ("LlamaForCausalLM", _WIDE | {"tie_word_embeddings": False}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", _QWEN_MOE | {"head_dim": 40}),
@@ -70,6 +74,7 @@ V3: dict[str, dict[str, Any]] = {
     "v3_fp8": {"fp8": True, "max_shard_size": 200_000},
     "v3_ue8m0": {"fp8": True, "ue8m0": True},
     "v3_mtp": {"fp8": True, "mtp": True},
+    "v3_small": {"fp8": False, "hidden_size": 128, "num_hidden_layers": 2},
     "v3_wide_fp8": {"fp8": True, "hidden_size": 320, "kv_lora_rank": 152, "moe_intermediate_size": 136},
 }
 _DERIVED = ("v3_fused", "v3_e8m0_dtype", "v3_e8m0_bytes")

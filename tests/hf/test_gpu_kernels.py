@@ -15,7 +15,9 @@ from tests.triton.interpreted import gpu_kernels, needs_interpreter
 pytestmark = needs_interpreter
 
 
-@pytest.mark.parametrize("family", ["v3_fp8", pytest.param("qwen2_tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["v3_small", *(pytest.param(f, marks=pytest.mark.slow) for f in ("v3_fp8", "qwen2_tied"))]
+)
 def test_logits_of_a_model(
     family: str, saved: Callable[[str], Path], load: Callable[..., Any], ids: torch.Tensor
 ) -> None:
@@ -49,7 +51,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("family", "groups", "grouped"),
     [
-        ("qwen2_tied", 4, 10),
+        ("qwen2_small", 4, 10),
+        pytest.param("qwen2_tied", 4, 10, marks=pytest.mark.slow),
         pytest.param("llama_untied", 4, 10, marks=pytest.mark.slow),
         pytest.param("deepseek_v2", 4, 8, marks=pytest.mark.slow),
         pytest.param("v3_fp8", 6, 12, marks=pytest.mark.slow),

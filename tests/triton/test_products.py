@@ -181,7 +181,7 @@ def test_tiles_by_expert(pairs: int, experts: int, block_m: int, seed: int) -> N
     assert sorted(served) == [pair for pair, expert in enumerate(ids.tolist()) if 0 <= expert < experts]
 
 
-@given(st.integers(1, 140), st.integers(1, 300), st.integers(0, 2**16))
+@given(st.integers(1, 100), st.integers(1, 200), st.integers(0, 2**16))
 @FEW
 def test_decoding_is_exact(rows: int, cols: int, seed: int) -> None:
     w = sample((rows, cols), seed)
