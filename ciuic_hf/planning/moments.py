@@ -31,6 +31,7 @@ INPUTS = "ciuic-moments"  # in the metadata: parameter, or parameter/expert, -> 
 _REMEMBERED = (
     2  # k, o, q, v and down, gate, up: sorted by name, another input comes between those that share one
 )
+BAND = 256  # rows of a triangular factor that are multiplied at a time
 _JITTER = 1e-8  # of the mean of the diagonal; what bfloat16 does to the factor is more
 
 
@@ -84,7 +85,13 @@ def factor_of(rows: Tensor) -> Tensor:
 def moments_of(factor: Tensor) -> Tensor:
     """H, float32 ``[K, K]``, from what :func:`factor_of` returned."""
     rows = _rows(factor)
-    return rows.T @ rows
+    if factor.dim() == 2:
+        return rows.T @ rows
+    moments = torch.zeros_like(rows)
+    for start in range(0, len(rows), BAND):  # nothing left of the diagonal
+        band = rows[start : start + BAND, start:]
+        moments[start:, start:].addmm_(band.T, band)
+    return moments
 
 
 def _rows(factor: Tensor) -> Tensor:

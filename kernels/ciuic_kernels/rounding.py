@@ -24,6 +24,9 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from ciuic_kernels.codec import Codec, GroupedCodec, PruningCodec, codec_by_id
+from ciuic_kernels.codecs.grid import tree_sum
+from ciuic_kernels.cpu import rounding as cpu
+from ciuic_kernels.dispatch import use_native
 from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, BlockGrid, PackedTensor
 from ciuic_kernels.packing import decode_strips, edge_batches, encode_matrix, record_starts, scatter
 
@@ -63,8 +66,19 @@ def feedback_of(moments: Tensor, damping: float = DAMPING) -> Tensor:
         raise ValueError("Moments of inputs must be finite and not all zero.")
     damped = damped / mean
     damped.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return (torch.linalg.cholesky(inverse, upper=True) * mean**-0.5).float()
+    # H = R R^T with R upper triangular, by the usual factor with rows and columns in reverse; then U = R^-1.
+    return (_inverse(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)) * mean**-0.5).float()
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of an upper triangular matrix; by parts, as solving for all columns at once takes three times the operations."""
+    inverse = torch.zeros_like(upper)
+    for start in range(0, len(upper), 2 * BLOCK_COLS):
+        end = min(start + 2 * BLOCK_COLS, len(upper))
+        unit = torch.zeros_like(inverse[:end, start:end])
+        unit[start:].fill_diagonal_(1)
+        inverse[:end, start:end] = solve_triangular(upper[:end, :end], unit, upper=True)
+    return inverse
 
 
 def encode_matrix_rounded(
@@ -138,13 +152,16 @@ def _encode_columns(source: Tensor, packed: PackedTensor, feedback: Tensor) -> T
     grid, rest = packed.grid, source.clone()
     ids = packed.tags[..., 0].cpu()
     starts = record_starts(ids, grid, 0)
+    compiled = cpu.CODECS if use_native(source.device) and cpu.available() else set()
     for kblock in range(grid.kblocks):
         end = min(grid.cols, (kblock + 1) * BLOCK_COLS)
         here = slice(kblock * BLOCK_COLS, end)
         upper = feedback[here, here]
         panel = rest[:, here]
+        if compiled:
+            cpu.round_grids(panel, packed.tags[:, kblock], starts[:, kblock], upper, packed.arena)
         for blocks, rows, cols, band, _ in edge_batches(panel, BlockGrid((grid.rows, panel.shape[1]))):
-            for codec_id in ids[band, kblock].unique().tolist():
+            for codec_id in set(ids[band, kblock].tolist()) - compiled:
                 chosen = (ids[band, kblock] == codec_id).nonzero()[:, 0]
                 on_device, codec = chosen.to(source.device), codec_by_id(codec_id)
                 weights = blocks[on_device, 0]
@@ -152,8 +169,9 @@ def _encode_columns(source: Tensor, packed: PackedTensor, feedback: Tensor) -> T
                 packed.tags[band, kblock, 1][on_device] = exponents
                 nbytes = codec.record_nbytes(rows, cols)
                 scatter(packed.arena, starts[band, kblock][chosen], records, nbytes)
-                blocks[on_device, 0] = weights - codec.decode(records, exponents, rows, cols)
-        panel.copy_(solve_triangular(upper, panel, upper=True, left=False))
+                wrong = (weights - codec.decode(records, exponents, rows, cols)).flatten(0, 1)
+                errors = solve_triangular(upper, wrong, upper=True, left=False)
+                blocks[on_device, 0] = errors.unflatten(0, (-1, rows))
         rest[:, end:].addmm_(panel, feedback[here, end:], alpha=-1)
     return rest
 
@@ -217,7 +235,9 @@ def _try_scales(
             stored = stored.masked_fill(~kept[j], 0.0)
         torch.div(rest[j] - stored, upper[j, j], out=errors[j])
         rest[j + 1 :] -= upper[j, j + 1 :, None, None, None] * errors[j]
-    best = errors.square().sum(0).argmin(0, keepdim=True)
+    squares = errors.square().movedim(0, -1)
+    size = 1 << (len(rest) - 1).bit_length()
+    best = tree_sum(torch.nn.functional.pad(squares, (0, size - len(rest)))).argmin(0, keepdim=True)
     scale = scale_bytes.gather(0, best)[0]
     best = best.expand(len(rest), *best.shape)
     return scale, codes.gather(1, best)[:, 0], errors.gather(1, best)[:, 0]

@@ -10,11 +10,18 @@ from torch import Tensor
 
 from ciuic_kernels import BlockGrid, PackedTensor, all_codecs, codec_by_name
 from ciuic_kernels.codec import GroupedCodec, PruningCodec
-from ciuic_kernels.codecs.grid import levels
+from ciuic_kernels.codecs.grid import GRIDS, GridCodec, levels
 from ciuic_kernels.codecs.sparse import SPARSE
 from ciuic_kernels.layout import validate
 from ciuic_kernels.packing import allocate, decode_tensor, encode_matrix, encode_tensor
-from ciuic_kernels.rounding import DAMPING, RoundingError, encode_matrix_rounded, feedback_of
+from ciuic_kernels.rounding import (
+    DAMPING,
+    RoundingError,
+    _encode_columns,
+    encode_matrix_rounded,
+    feedback_of,
+)
+from tests.kernels.samples import implementation
 
 NAMES = [
     "grid2_g64", "grid2_g32", "grid3_g32", "grid4_g64", "grid5_g32", "grid6_g64", "grid8_g32",
@@ -39,6 +46,14 @@ def error(weight: Tensor, packed: PackedTensor, moments: Tensor) -> float:
 def rounded(weight: Tensor, ids: Tensor, moments: Tensor) -> tuple[PackedTensor, RoundingError]:
     packed, offsets = allocate(ids, BlockGrid(tuple(weight.shape)), "cpu")
     return packed, encode_matrix_rounded(packed, offsets, 0, weight, feedback_of(moments))
+
+
+def columns(weight: Tensor, ids: Tensor, upper: Tensor, name: str) -> tuple[PackedTensor, Tensor]:
+    """Every block rounded by one implementation, whether that helps or not, and the errors that are passed on."""
+    packed, _ = allocate(ids, BlockGrid(tuple(weight.shape)), "cpu")
+    packed.arena.fill_(0xAA)
+    with implementation(name):
+        return packed, _encode_columns(weight, packed, upper)
 
 
 def damped(moments: Tensor) -> Tensor:
@@ -71,6 +86,55 @@ def test_never_worse_than_plain_and_valid(
     assert found.nearest == pytest.approx(exact[0], rel=1e-2, abs=1e-6 * size**2)
     assert found.stored == pytest.approx(exact[1], rel=1e-2, abs=1e-6 * size**2)
     assert found.stored <= found.nearest
+
+
+@pytest.mark.usefixtures("compiled")
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 150), st.integers(1, 64), st.integers(0, 10**6), st.sampled_from(list(GRIDS.values())),
+    st.sampled_from([1e-30, 1.0, 1e20]), st.booleans(),
+)  # fmt: skip
+def test_compiled_code_rounds_a_group_bit_for_bit(
+    rows: int, cols: int, seed: int, codec: GridCodec, size: float, heavy_tails: bool
+) -> None:
+    generator, cols = torch.Generator().manual_seed(seed), min(cols, codec.group)
+    weight = torch.randn(rows, cols, generator=generator)
+    weight = (weight**5 if heavy_tails else weight) * size
+    weight[:, ::5] = 0
+    moments = correlated(64, cols, generator) + 0.01 * torch.eye(cols)
+    ids = torch.full((-(-rows // 64), 1), codec.id, dtype=torch.uint8)
+    upper = feedback_of(moments)
+    fast, slow = (columns(weight, ids, upper, name)[0] for name in ("compiled", "reference"))
+    assert torch.equal(fast.arena, slow.arena) and torch.equal(fast.tags, slow.tags)
+
+
+@pytest.mark.parametrize("name", ["compiled", "reference"])
+@pytest.mark.parametrize("shape", [(150, 300), (64, 33), (7, 129)])
+def test_the_errors_passed_on_are_those_of_what_is_stored(
+    shape: tuple[int, int], name: str, request: pytest.FixtureRequest
+) -> None:
+    """``W - Q = e U`` over blocks of all codecs; the two implementations differ in sums from group to group only."""
+    request.getfixturevalue("compiled")
+    generator = torch.Generator().manual_seed(3)
+    grid, weight = BlockGrid(shape), torch.randn(*shape, generator=generator)
+    names = torch.tensor([codec_by_name(n).id for n in NAMES], dtype=torch.uint8)
+    ids = names[torch.randint(len(names), (grid.strips, grid.kblocks), generator=generator)]
+    upper = feedback_of(correlated(512, shape[1], generator))
+    packed, errors = columns(weight, ids, upper, name)
+    validate(packed)
+    found, wanted = errors.double() @ upper.double(), weight.double() - decode_tensor(packed).double()
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)  # 300 terms of float32, all below 10
+    other, _ = columns(weight, ids, upper, "reference")
+    assert float((decode_tensor(packed) == decode_tensor(other)).float().mean()) > 0.98
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 600])
+def test_feedback_is_the_factor_of_the_inverse(width: int) -> None:
+    moments = correlated(2000, width, torch.Generator().manual_seed(0)) + torch.eye(width)
+    upper = feedback_of(moments).double()
+    assert torch.equal(upper, upper.triu())
+    product = upper.T @ upper @ damped(moments.double())
+    torch.testing.assert_close(product, torch.eye(width).double(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES[:7])

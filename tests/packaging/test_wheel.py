@@ -48,6 +48,7 @@ def test_wheel_equals_the_tree(wheel: Path, root: Path) -> None:
         ("ciuic_hf/demo/models/", "config.json"),
         ("ciuic_hf/demo/models/", ".safetensors"),
         ("ciuic_kernels/cpu/", ".c"),
+        ("ciuic_kernels/cpu/", ".h"),
     ],
 )
 def test_wheel_ships_what_is_not_python(wheel: Path, start: str, end: str) -> None:

@@ -102,9 +102,10 @@ def _processor() -> str:
 def _build(compiler: str, name: str) -> Path:
     """Path of the shared object, built if the cache does not have it. Raises RuntimeError with the compiler's words."""
     source = Path(__file__).with_name(name)
+    headers = [path.read_text() for path in sorted(source.parent.glob("*.h"))]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     identity = "\0".join(
-        (source.read_text(), version, *FLAGS, *PROCESSOR_FLAGS, platform.machine(), _processor())
+        (source.read_text(), *headers, version, *FLAGS, *PROCESSOR_FLAGS, platform.machine(), _processor())
     )
     target = _cache_dir() / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():
@@ -169,7 +170,8 @@ def _library() -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=1)
-def _tables() -> ctypes.Array[_Grid]:
+def tables() -> ctypes.Array[_Grid]:
+    """``struct grid[9]`` of blocks.h, by width."""
     return _grid_tables()
 
 
@@ -184,7 +186,7 @@ def encode(source: Tensor, tags: Tensor, offsets: Tensor, arena: Tensor) -> bool
     """
     status: int = _library().ciuic_encode(
         source.data_ptr(), DTYPES[source.dtype], source.stride(0), *source.shape,
-        tags.data_ptr(), offsets.data_ptr(), _tables(), arena.data_ptr(),
+        tags.data_ptr(), offsets.data_ptr(), tables(), arena.data_ptr(),
     )  # fmt: skip
     return status == 0
 
@@ -215,7 +217,7 @@ def dequantize(
     """Decode the strips of one matrix into ``out`` float32 or bfloat16 ``[rows of the strips, cols]``."""
     _library().ciuic_dequantize(
         arena.data_ptr(), tags.data_ptr(), offsets.data_ptr(), rows, cols, strips.start, strips.stop,
-        _tables(), DTYPES[out.dtype], out.data_ptr(),
+        tables(), DTYPES[out.dtype], out.data_ptr(),
     )  # fmt: skip
 
 
@@ -226,7 +228,7 @@ def gather(
     out = torch.empty(ids.numel(), cols, dtype=dtype if dtype in DIRECT else torch.float32)
     _library().ciuic_gather(
         arena.data_ptr(), tags.data_ptr(), offsets.data_ptr(), rows, cols,
-        ids.data_ptr(), ids.numel(), _tables(), DTYPES[out.dtype], out.data_ptr(),
+        ids.data_ptr(), ids.numel(), tables(), DTYPES[out.dtype], out.data_ptr(),
     )  # fmt: skip
     return out.to(dtype)
 
@@ -262,7 +264,7 @@ def products(
     order, starts, experts = groups
     out = torch.empty(x.shape[0] * fan, rows, dtype=x.dtype)
     failed = _library().ciuic_products(
-        arena.data_ptr(), tags.data_ptr(), offsets.data_ptr(), rows, x.shape[1], _tables(),
+        arena.data_ptr(), tags.data_ptr(), offsets.data_ptr(), rows, x.shape[1], tables(),
         x.data_ptr(), DTYPES[x.dtype], x.shape[0], fan,
         order.data_ptr(), starts.data_ptr(), experts.data_ptr(), experts.numel(), out.data_ptr(),
     )  # fmt: skip
