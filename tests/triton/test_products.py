@@ -198,7 +198,9 @@ def test_decoding_any_bytes_of_a_grid_is_exact() -> None:
     """Whatever codes and scales say, at both ends of the exponents: the codec's float32, signs of zeros included."""
     for codec in GRIDS.values():
         packed = packed_sample((64, 256), 0, (codec.name,))
-        packed.arena.copy_(torch.randint(256, packed.arena.shape, generator=torch.Generator().manual_seed(codec.id)))
+        packed.arena.copy_(
+            torch.randint(256, packed.arena.shape, generator=torch.Generator().manual_seed(codec.id))
+        )
         packed.tags[..., 1] = torch.tensor([MIN_EXPONENT, MAX_EXPONENT])
         w = operand_of(packed)
         with gpu_kernels():
