@@ -20,7 +20,7 @@ from ciuic_hf.planning.tiles import TILE, LatentShape, TiledPass, tile_tokens
 if TYPE_CHECKING:
     from ciuic_hf.planning.memory import Run, Sizes
 
-BAND_WEIGHTS = {"cpu": 4 << 20, "cuda": 32 << 20}
+BAND_WEIGHTS = {"cpu": 4 << 20, "cuda": 64 << 20}
 """Of ciuic_kernels.ops: weights that a product decodes at a time."""
 _SCORE_NBYTES = 12  # of a tile's scores: those formed, and scores or weights of this turn and the one before
 _ROTATING = 3  # float32 copies of a tile of latents, while it is turned back

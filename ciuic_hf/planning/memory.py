@@ -238,7 +238,8 @@ class Sizes:
         return context * (packed + self.layers * (element * self.index_width + expanded))
 
     def band_nbytes(self, element: int, device: str, tokens: int) -> int:
-        """The weights that a product decodes at a time, and its result for them."""
-        weights = min(BAND_WEIGHTS[device], self.dense * self.hidden)
-        rows = weights // self.hidden
-        return element * weights + (element * tokens * rows if weights < self.dense * self.hidden else 0)
+        """The weights that a product decodes at a time; on a CPU also its result for them, which BLAS forms apart."""
+        whole = self.dense * self.hidden
+        weights = min(BAND_WEIGHTS[device], whole)
+        result = element * tokens * (weights // self.hidden) if device == "cpu" and weights < whole else 0
+        return element * weights + result

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ciuic_kernels import ops
+from ciuic_kernels.ops._products import Matrix
 from tests.kernels.operands import SHAPES, activations, operand
 from tests.kernels.samples import LAYOUTS, arranged, each_dtype
 from tests.kernels.tolerances import assert_product
@@ -90,8 +91,14 @@ def test_bias_of_another_dtype(dtype: torch.dtype) -> None:
 
 
 def test_matrix_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dense product decodes band by band; the bands make up the whole."""
-    monkeypatch.setattr("ciuic_kernels.ops._products.SCRATCH_WEIGHTS", 2 * 64 * 300)
+    """A dense product decodes band by band; the bands are of about the same size and make up the whole."""
+    monkeypatch.setattr("ciuic_kernels.ops._products.SCRATCH_WEIGHTS", 4 * 64 * 300)
     w = operand((330, 300))
-    x = activations(20, w.cols)
-    assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)
+    assert [band.stop for band, _ in Matrix(*w.stored, w.rows, w.cols).bands(torch.float32)] == [192, 330]
+    x = activations(20, w.cols).requires_grad_()
+    y = ops.linear(x, *w.stored, None, w.rows, w.cols)
+    assert_product(y.detach(), x.detach(), w.dense)
+    grad = activations(20, w.rows, seed=2)
+    y.backward(grad)
+    assert x.grad is not None
+    assert_product(x.grad, grad, w.dense.t())

@@ -23,6 +23,9 @@ DECODE, PREFILL = (8, 1, 6), (64, 4, 4)
 MIXED_PREFILL = (32, 2, 4)
 """What becomes of PREFILL where kinds are mixed (``Launch.of_kinds``)."""
 
+DENSE = (0, 4, 3)
+"""Of ``dequantize``, which has no tokens, and one loop for all grids."""
+
 LAUNCHES = (DECODE, (16, 1, 6), (32, 2, 4), PREFILL)
 """Every (block_m, num_warps, num_stages) that the shipped rules can choose."""
 
@@ -50,7 +53,8 @@ class Case:
             ``attend_heads`` or ``attend_latents``.
         arch: compute capability times ten.
         dtype: ``bf16`` or ``fp16``.
-        kinds: as in ``work.build_work``; of attention the bits of the cache.
+        kinds: as in ``work.build_work``; of attention the bits of the cache; of ``dequantize`` only those without a
+            grid, as it reads every grid.
         launch: ``(block_m, num_warps, num_stages)``; of the last two kernels only the warps count.
         pairs: ``PAIRS`` of ``experts_few``.
         aligned: whether N and K are multiples of 16.
@@ -114,7 +118,7 @@ def _others(arch: int) -> Iterator[Case]:
     """The kernels beside ``linear``, each once."""
     yield Case("experts_few", arch, "bf16", (TYPICAL,), DECODE)
     yield Case("experts_many", arch, "bf16", (TYPICAL,), PREFILL)
-    yield Case("dequantize", arch, "bf16", (TYPICAL,), (0, 4, 3))
+    yield Case("dequantize", arch, "bf16", (), DENSE)
     yield Case("embedding", arch, "bf16", (), (0, 1, 3))
 
 
@@ -191,7 +195,11 @@ def full_cases() -> list[Case]:
         ]
         cases += [Case("linear", arch, "fp16", (kind,)) for kind in (TYPICAL, HEAVIEST)]
         cases += [Case("linear", arch, "fp16", (TYPICAL,), PREFILL)]
-        cases += [Case("dequantize", arch, "fp16", MIXTURE, (0, 4, 3))]
+        cases += [
+            Case("dequantize", arch, "fp16", (), DENSE),
+            Case("dequantize", arch, "bf16", (ANY,), DENSE),
+        ]
+        cases += [Case("dequantize", arch, "bf16", (ANY, ANY_SPARSE), DENSE)]
     cases += [Case("linear", 90, "fp16", (kind,)) for kind in ALL_KINDS]
     cases += [Case("linear", 80, "bf16", EVERY), Case("linear", 90, "bf16", EVERY, MIXED_PREFILL)]
     return list(dict.fromkeys(cases))

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from ciuic_hf.planning.cache_formats import CHUNK, cache_formats
 from ciuic_kernels.attention import largest_tile
-from ciuic_kernels.work import ANY_SPARSE
+from ciuic_kernels.work import ANY, ANY_SPARSE
 from tests.triton.cases import Case
 from tests.triton.measurement import Measurement
 from tests.triton.pages import LATENTS
-from tests.triton.sass import instructions, loops
+from tests.triton.sass import accesses, instructions, loops
 
 POINTERS = {
     "arena": "u8", "work": "i32", "order": "i32", "tiles": "i32", "ids": "i64", "workspace": "fp32",
@@ -72,7 +72,8 @@ def compile_case(case: Case):
     kernel = kernel_of(case.kernel)
     values = {
         "HAS_BIAS": False, "BIASED": 0, "KINDS": case.kinds, "BM": case.block_m, "STAGES": case.launch[2],
-        "PAIRS": case.pairs, "HAS_SPARSE": ANY_SPARSE in case.kinds, "PLAIN": False,
+        "PAIRS": case.pairs, "HAS_ANY": bool({ANY, ANY_SPARSE} & set(case.kinds)),
+        "HAS_SPARSE": ANY_SPARSE in case.kinds, "PLAIN": False,
     }  # fmt: skip
     if case.is_attention:
         values |= attention_values(case)
@@ -150,6 +151,7 @@ def measure(case: Case) -> Measurement:
         trap=bool(re.search(r"^\s*trap;", ptx, re.MULTILINE)),
         serialised=serialised(ptx, case.arch),
         seconds=round(seconds, 1),
+        accesses=dict(sorted(accesses(code).items())),
     )
 
 

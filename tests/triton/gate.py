@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ciuic_kernels.work import ANY
+from ciuic_kernels.work import ANY, ANY_SPARSE
 from tests.triton.cases import Case
 from tests.triton.measurement import Measurement
-from tests.triton.sass import Loop
+from tests.triton.sass import BLOCK_WEIGHTS, Loop
 
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes of shared memory of one program (CUDA programming guide, compute capabilities)."""
@@ -16,6 +16,9 @@ TENSOR_COLUMNS = 512
 MAX_STORES = 2
 DIRECT_SINCE = (3, 8)
 """Triton 3.6 and 3.7 take the operands of decode loops through shared memory once more: 32 stores a block."""
+
+IN_PLACE_SINCE = (3, 7)
+"""Triton 3.6 passes the scale bytes of a block that is decoded through shared memory, 1 KB."""
 
 
 def violations(case: Case, measured: Measurement, triton: str) -> list[str]:
@@ -29,7 +32,9 @@ def violations(case: Case, measured: Measurement, triton: str) -> list[str]:
     found = list(_of_kernel(case, measured))
     if case.is_attention:
         found += _of_attention(case, measured)
-    elif case.kernel not in ("dequantize", "embedding"):
+    elif case.kernel == "dequantize":
+        found += _of_decoding(case, measured, tuple(map(int, triton.split("."))))
+    elif case.kernel != "embedding":
         found += _of_loops(case, measured, tuple(map(int, triton.split("."))))
     return found
 
@@ -59,6 +64,21 @@ def _of_attention(case: Case, measured: Measurement) -> Iterator[str]:
             yield "packed codes are not copied ahead: no LDGSTS of 16 bytes in the loop"
         if loop.wide_loads:
             yield f"{loop.wide_loads} wide loads wait for global memory inside the loop"
+
+
+def _of_decoding(case: Case, measured: Measurement, triton: tuple[int, ...]) -> Iterator[str]:
+    """Full blocks of a grid are read and written in pieces of 16 bytes, from the registers that decoded them."""
+    pieces = BLOCK_WEIGHTS // (8 * 32 * case.num_warps)  # of 8 weights, in a thread
+    wide = measured.accesses.get("LDG.128", 0)
+    if wide < 2 * pieces:
+        yield f"{wide} loads of 16 bytes where {2 * pieces} of two planes were expected"
+    wide = measured.accesses.get("STG.128", 0)
+    narrow = sum(count for name, count in measured.accesses.items() if name.startswith("STG")) - wide
+    if wide < pieces or narrow:
+        yield f"{wide} stores of 16 bytes and {narrow} others where {pieces} of 16 were expected"
+    shared = sum(measured.accesses.get(name, 0) for name in ("STS", "LDS", "LDSM", "SHFL"))
+    if shared and ANY_SPARSE not in case.kinds and triton >= IN_PLACE_SINCE:
+        yield f"{shared} instructions pass values between threads: a layout is converted"
 
 
 def _of_loops(case: Case, measured: Measurement, triton: tuple[int, ...]) -> Iterator[str]:

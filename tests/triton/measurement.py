@@ -32,6 +32,7 @@ class Measurement:
         trap: whether the PTX gives up.
         serialised: codes of ptxas's remarks on matrix instructions that wait for each other.
         seconds: compile time, close to nothing when cached.
+        accesses: instructions of the whole kernel that read or write memory, by name (``sass.accesses``).
     """
 
     loops: list[Loop] = field(default_factory=list)
@@ -45,6 +46,7 @@ class Measurement:
     serialised: list[str] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
+    accesses: dict[str, int] = field(default_factory=dict)
 
     def to_fields(self) -> dict[str, Any]:
         return asdict(self)

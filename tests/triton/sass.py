@@ -55,6 +55,20 @@ def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
     return found, labels
 
 
+def accesses(code: list[str]) -> Counter[str]:
+    """How many instructions read and write global and shared memory, or pass values between threads, by name.
+
+    Of the name what matters is left: ``LDG.128``, ``STG.U16``, ``STS``.
+    """
+    found: Counter[str] = Counter()
+    for text in code:
+        name, *rest = text.split()[0].split(".")
+        if name in ("LDG", "STG", "LDS", "LDSM", "STS", "SHFL"):
+            width = next((part for part in rest if re.fullmatch(r"[US]?(8|16|64|128)", part)), "")
+            found[f"{name}.{width}" if width and name in ("LDG", "STG") else name] += 1
+    return found
+
+
 def loops(sass: str, block_m: int, num_warps: int) -> list[Loop]:
     """Innermost loops around matrix instructions, cheapest first.
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from ciuic_kernels.work import ANY
+from ciuic_kernels.work import ANY, ANY_SPARSE
 from tests.triton import budgets
-from tests.triton.cases import TYPICAL, Case, end_cases, fast_cases, full_cases
+from tests.triton.cases import DENSE, TYPICAL, Case, end_cases, fast_cases, full_cases
 from tests.triton.gate import violations
 from tests.triton.measurement import Measurement
-from tests.triton.sass import Loop, loops
+from tests.triton.sass import Loop, accesses, loops
 
 CASE = Case("linear", 90, "bf16", (TYPICAL,))
 GOOD = Loop(8192, 3.2, "HMMA", copies=12, loads=0, wide_loads=0, stores=0, shuffles=0)
@@ -92,6 +92,43 @@ def test_every_rule_can_fail(change: dict[str, object], said: str) -> None:
     assert violations(CASE, good, "3.8") == []
     (sentence,) = violations(CASE, replace(good, **change), "3.8")
     assert said in sentence
+
+
+DECODING = Case("dequantize", 90, "bf16", (), DENSE)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"LDG.128": 15}, "15 loads of 16 bytes where 16"),
+        ({"STG.128": 0, "STG.64": 16}, "0 stores of 16 bytes and 16 others"),
+        ({"STG": 1}, "1 others"),
+        ({"STS": 8, "LDS": 8}, "16 instructions pass values"),
+        ({"SHFL": 1}, "1 instructions pass values"),
+    ],
+)
+def test_decoding_is_wide_and_stays_in_registers(change: dict[str, int], said: str) -> None:
+    good = {"LDG": 2, "LDG.U8": 8, "LDG.128": 16, "STG.128": 16}
+    assert violations(DECODING, Measurement(accesses=good), "3.7") == []
+    (sentence,) = violations(DECODING, Measurement(accesses=good | change), "3.7")
+    assert said in sentence
+
+
+def test_sparse_blocks_and_triton_3_6_may_use_shared_memory() -> None:
+    detour = Measurement(accesses={"LDG.128": 16, "STG.128": 16, "STS": 8})
+    assert violations(replace(DECODING, kinds=(ANY, ANY_SPARSE)), detour, "3.7") == []
+    assert violations(DECODING, detour, "3.6") == []
+
+
+def test_reads_accesses_of_memory() -> None:
+    code = [
+        "LDG.E.128.CONSTANT R1, [R2]",
+        "LDG.E R1, [R2]",
+        "STG.E.U16 [R2], R1",
+        "LDS.128 R1, [R2]",
+        "FADD R1, R2, R3",
+    ]
+    assert accesses(code) == {"LDG.128": 1, "LDG": 1, "STG.U16": 1, "LDS": 1}
 
 
 def test_a_detour_through_shared_memory_is_known_before_3_8() -> None:

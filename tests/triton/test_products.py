@@ -8,7 +8,7 @@ from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from ciuic_kernels import ops
-from ciuic_kernels.codecs.grid import GRIDS
+from ciuic_kernels.codecs.grid import GRIDS, MAX_EXPONENT, MIN_EXPONENT
 from ciuic_kernels.selection import Launch
 from ciuic_kernels.triton.experts import tiles_by_expert
 from ciuic_kernels.triton.linear import linear
@@ -191,6 +191,20 @@ def test_decoding_is_exact(rows: int, cols: int, seed: int) -> None:
             dense = ops.dequantize(*w.stored, w.rows, w.cols, dtype)
             assert torch.equal(dense, w.dense.to(dtype))
         assert torch.equal(ops.embedding(ids, *w.stored, w.rows, w.cols, torch.float32), w.dense[ids])
+
+
+def test_decoding_any_bytes_of_a_grid_is_exact() -> None:
+    """Whatever codes and scales say, at both ends of the exponents: the codec's float32, signs of zeros included."""
+    for codec in GRIDS.values():
+        packed = packed_sample((64, 256), 0, (codec.name,))
+        packed.arena.copy_(
+            torch.randint(256, packed.arena.shape, generator=torch.Generator().manual_seed(codec.id))
+        )
+        packed.tags[..., 1] = torch.tensor([MIN_EXPONENT, MAX_EXPONENT])
+        w = operand_of(packed)
+        with gpu_kernels():
+            dense = ops.dequantize(*w.stored, w.rows, w.cols, torch.float32)
+        assert torch.equal(dense.view(torch.int32), w.dense.view(torch.int32)), codec.name
 
 
 def test_decoding_experts_is_exact(poisoned_empty: None) -> None:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ciuic_kernels.cpu import native
 from ciuic_kernels.dispatch import use_triton
-from ciuic_kernels.format import BLOCK_ROWS
+from ciuic_kernels.format import BLOCK_ROWS, ceil_div
 from ciuic_kernels.packing import decode_strips
 
 SCRATCH_WEIGHTS = 4 << 20
 """Weights decoded at a time for a dense product: 8 MB in bfloat16 stay in a CPU's cache."""
 
-GPU_SCRATCH_WEIGHTS = 32 << 20
-"""The same on a GPU, where a GEMM wants many rows: 64 MB."""
+GPU_SCRATCH_WEIGHTS = 64 << 20
+"""The same on a GPU, 128 MB: bands that stay in its cache have too few rows to fill it (docs/adr/024)."""
 
 NATIVE_ROWS = 12
 """Rows of x up to which the fused kernel beats decode-then-GEMM on a CPU (docs/adr/003)."""
@@ -87,9 +87,10 @@ class Matrix(NamedTuple):
         return decode_strips(self.arena, tags, offsets, (self.rows, self.cols), strips, dtype, out)
 
     def bands(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The matrix as dense bands ``(row slice, [band, cols])``, each within the scratch bound."""
+        """The matrix as dense bands ``(row slice, [band, cols])`` of about equal size, within the scratch bound."""
         scratch = SCRATCH_WEIGHTS if self.arena.device.type == "cpu" else GPU_SCRATCH_WEIGHTS
-        step = max(1, scratch // (self.cols * BLOCK_ROWS))
+        most = max(1, scratch // (self.cols * BLOCK_ROWS))
+        step = ceil_div(self.strips, ceil_div(self.strips, most))
         for first in range(0, self.strips, step):
             band = self.decode(range(first, min(first + step, self.strips)), dtype)
             yield slice(first * BLOCK_ROWS, first * BLOCK_ROWS + band.shape[0]), band
@@ -100,17 +101,19 @@ def dense_product(x: Tensor, matrix: Matrix, out: Tensor | None = None) -> Tenso
     if out is None:
         out = x.new_empty(x.shape[0], matrix.rows)
     for band, weight in matrix.bands(x.dtype):
-        if weight.shape[0] == matrix.rows:
-            return torch.mm(x, weight.t(), out=out)
-        out[:, band] = torch.mm(x, weight.t())
+        torch.mm(x, weight.t(), out=out[:, band])  # a GEMM writes rows that are apart as well as others
     return out
 
 
 def dense_transposed_product(grad: Tensor, matrix: Matrix) -> Tensor:
     """``grad [M, N] @ W`` into ``[M, K]``: the gradient with respect to x."""
-    total = torch.zeros(grad.shape[0], matrix.cols, dtype=torch.float32, device=grad.device)
+    total = None
     for band, weight in matrix.bands(grad.dtype):
-        total += torch.mm(grad[:, band], weight)
+        part = torch.mm(grad[:, band], weight)
+        if weight.shape[0] == matrix.rows:
+            return part
+        total = part.float() if total is None else total.add_(part)
+    assert total is not None
     return total.to(grad.dtype)
 
 

@@ -171,7 +171,7 @@ def any_values(
     Args:
         record: pointer to the record, uint8.
         row: int32 ``[R, 1]``.
-        first: a multiple of SPAN, which is 8 or 16.
+        first: a multiple of SPAN, which is 16 at most if HAS_SPARSE.
         rows, cols: the size of the block.
         HAS_SPARSE: whether the block may be sparse; the others are read without that code.
         before: int32 ``[R, 1]``, ``numbers_at_rows`` for first = 0, then what the last call returned.

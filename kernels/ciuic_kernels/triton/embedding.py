@@ -31,13 +31,14 @@ def embedding_kernel(ids, arena, work, out, n, k, kblocks, HAS_SPARSE: tl.conste
     rows = tl.minimum(ROWS, n - strip * ROWS)
     cols = tl.minimum(COLS, k - kblock * COLS)
     row = tl.zeros((1, 1), tl.int32) + row_of_table % ROWS
+    SPAN: tl.constexpr = ANY_COLS if HAS_SPARSE else COLS  # at once: bitmaps are read in words of 16 bits
     before = row * 0
     if HAS_SPARSE:
         before = numbers_at_rows(record, codec, row, rows, cols, PLAIN)
-    for first in range(0, cols, ANY_COLS):
-        column = first + tl.arange(0, ANY_COLS)[None, :]
+    for first in range(0, cols, SPAN):
+        column = first + tl.arange(0, SPAN)[None, :]
         values, before = any_values(
-            record, codec, exponent, row, first, rows, cols, before, ANY_COLS, HAS_SPARSE, PLAIN
+            record, codec, exponent, row, first, rows, cols, before, SPAN, HAS_SPARSE, PLAIN
         )
         values = tl.where(inside, values, float("nan"))
         at = out + token * k + kblock * COLS + column
