@@ -330,8 +330,8 @@ def _row(
 
 
 def setups_that_fit(model: Any, request: Request) -> list[str]:
-    """Cards, as few as possible of each, that the smallest plan fits on, cheapest memory first; at most three."""
-    found: list[tuple[int, str]] = []
+    """At most three cards, as few as possible of each, that the smallest plan fits on; first the one asked for."""
+    found: list[tuple[bool, int, str]] = []
     weights = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
     config = CiuicConfig(bits=request.bits, cache_bits=request.cache_bits)
     choice = uniform_choice(model, config, model.dtype, request.context, request.batch, request.device)
@@ -345,9 +345,9 @@ def setups_that_fit(model: Any, request: Request) -> list[str]:
             fixed, smallest = fixed_and_smallest(choice, config, places)
             taken = split_beside(beside, layers_on([t.name for t in choice.targets], places))
             if all(fixed[d] + smallest[d] + taken[d] <= card_nbytes(card) for d in fixed):
-                found.append((count * card_nbytes(card), f"{count} x {card}"))
+                found.append((card != request.card, count * card_nbytes(card), f"{count} x {card}"))
                 break
-    return [name for _, name in sorted(found)[:3]]
+    return [name for *_, name in sorted(found)[:3]]
 
 
 def _least_beside(model: Any, request: Request) -> Footprint:
