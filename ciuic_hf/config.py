@@ -55,10 +55,10 @@ def _codec_name(value: str, where: str) -> str:
     try:
         return codec_by_name(value).name
     except ValueError as error:
-        words = ", ".join([*QUANT, f"{SPARSE}, {SPARSE}<percent kept>", ADAPTIVE])
+        words = ", ".join([*QUANT, SPARSE, f"{SPARSE}<percent kept>", ADAPTIVE])
         raise CiuicError(
-            f"{where}: {error} Or give bits per weight as a number, {words}, or {RAW}, which leaves the weights as "
-            "they are."
+            f"{where} is {value!r}; give bits per weight as a number, {RAW}, which leaves the weights as they are, or "
+            f"one of {words}. {error}"
         ) from None
 
 
@@ -105,11 +105,13 @@ class CompressionIntent:
     modules: Mapping[str, Setting] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        bits = check_setting(self.bits, "bits")
-        if isinstance(bits, str):
+        given: object = self.bits
+        if isinstance(given, bool) or not isinstance(given, int | float):
             raise CiuicError(
-                f'bits must be a number; use modules={{"linear": {self.bits!r}}} to name a codec.'
+                f"bits must be a number such as 4.25, got {given!r}; a codec is named by "
+                'modules={"linear": "grid4_g32"}.'
             )
+        bits = check_setting(given, "bits")
         object.__setattr__(self, "bits", bits)
         if not isinstance(self.modules, Mapping):
             raise CiuicError(

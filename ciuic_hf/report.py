@@ -207,7 +207,7 @@ class Report:
         table.add_column("role", no_wrap=True)
         for heading in ("weights", "bits", "before", "after"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("how, or why not")
+        table.add_column("how, or why not", overflow="fold")
         for row in [*self._compressed_rows(), *self._kept_rows()]:
             table.add_row(*(Text(printable(cell)) for cell in row))
         table.add_section()

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, logging
 from ciuic_hf.bench.machine import machine_name
 from ciuic_hf.bench.smollm2 import materialize
 from ciuic_hf.demo.publish import BENCHMARK_CONFIG, random_deepseek_v3
+from ciuic_hf.hf.cache_name import cache_name
 from ciuic_hf.hf.config import CiuicConfig
 
 PREFILL_TOKENS = (64, 512)
@@ -79,12 +80,12 @@ def _decoder(model: Any) -> Callable[[], None]:
     """One step of greedy decoding on a cache that keeps growing."""
     with torch.inference_mode():
         state = model(_ids(model, CONTEXT), use_cache=True, logits_to_keep=1)
-    cache, token = state.past_key_values, state.logits[:, -1:].argmax(-1)
+    cache, token = state[cache_name()], state.logits[:, -1:].argmax(-1)
 
     def step() -> None:
         nonlocal token
         with torch.inference_mode():
-            out = model(token, past_key_values=cache, use_cache=True)
+            out = model(token, use_cache=True, **{cache_name(): cache})
             token = out.logits[:, -1:].argmax(-1)
 
     return step

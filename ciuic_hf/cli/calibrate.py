@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = arguments.tokens or (TOKENS_FOR_ROUNDING if arguments.rounding else TOKENS)
     if tokens < SEQUENCE:
         raise CiuicError(f"--tokens must be at least {SEQUENCE}, got {tokens}.")
+    _check_source(arguments.source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype, None)
     if arguments.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -67,6 +68,24 @@ def run(arguments: argparse.Namespace) -> None:
     print(f" ({human_bytes(arguments.save.stat().st_size)}).")
     if moments is not None:
         print(_rounding_text(found, moments))
+
+
+def _check_source(source: Path) -> None:
+    """Raise CiuicError for what cannot be calibrated, before the model writes text for minutes."""
+    from transformers import AutoConfig
+
+    from ciuic_hf.hf.layer_by_layer import passive_quantizer
+    from ciuic_hf.hf.writers import refusal
+
+    if not (source / "config.json").is_file():
+        raise CiuicError(
+            f"{source} is not the directory of a model; `ciuic calibrate` reads files that are on this machine."
+        )
+    config = AutoConfig.from_pretrained(source)
+    other = refusal(str(source), config)
+    if other is not None:
+        raise other
+    passive_quantizer(config, source)  # refuses what is compressed already
 
 
 @contextmanager
@@ -136,7 +155,8 @@ def _show(found: Any) -> None:
     everything = sum(total for group in groups.values() for total, _, _ in group)
     table = Table(box=box.ROUNDED)
     for heading in ("weights", "share of KL", "per block", "most sensitive"):
-        table.add_column(heading, justify="left" if heading in ("weights", "most sensitive") else "right")
+        left = heading in ("weights", "most sensitive")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for kind, group in sorted(groups.items(), key=lambda item: -sum(total for total, _, _ in item[1])):
         total, blocks = sum(t for t, _, _ in group), sum(n for _, _, n in group)
         table.add_row(kind, f"{100 * total / everything:.1f} %", f"{total / blocks:.2e}", max(group)[1])

@@ -17,11 +17,11 @@ from transformers.utils import logging
 from ciuic_hf.errors import CiuicError
 from ciuic_hf.hf import attention
 from ciuic_hf.hf.cache import CiuicCache
+from ciuic_hf.hf.cache_name import cache_name
 from ciuic_hf.hf.config import CiuicConfig
 
 logger = logging.get_logger(__name__)
 
-CACHE = "past_key_values"
 DYNAMIC = (None, "dynamic", "offloaded")
 STATIC = ("static", "offloaded_static")
 
@@ -38,6 +38,7 @@ def install() -> None:
     if getattr(original, "wrapped_by_ciuic", False):
         return
     attention.install()
+    name = cache_name()
 
     @wraps(original)
     def prepare(
@@ -49,17 +50,17 @@ def install() -> None:
         max_cache_length: int,
     ) -> Any:
         bits, wanted = cache_bits(self), generation_config.cache_implementation
-        if bits is not None and generation_config.use_cache and model_kwargs.get(CACHE) is None:
+        if bits is not None and generation_config.use_cache and model_kwargs.get(name) is None:
             if wanted in DYNAMIC:
-                model_kwargs[CACHE] = CiuicCache(self.config, bits, offloading=wanted == "offloaded")
+                model_kwargs[name] = CiuicCache(self.config, bits, offloading=wanted == "offloaded")
             elif wanted in STATIC:
                 length = _static_length(self, generation_config, max_cache_length)
-                model_kwargs[CACHE] = CiuicCache(
+                model_kwargs[name] = CiuicCache(
                     self.config, bits, offloading=wanted == "offloaded_static", max_cache_len=length
                 )
-            if CACHE in model_kwargs:
+            if name in model_kwargs:
                 generation_config.cache_implementation = None
-        if isinstance(model_kwargs.get(CACHE), CiuicCache):
+        if isinstance(model_kwargs.get(name), CiuicCache):
             _use_attention(self)
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 

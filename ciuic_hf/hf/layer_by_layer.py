@@ -52,7 +52,7 @@ class StreamedModel:
 
     def __init__(self, path: Path, dtype: torch.dtype | None, device: str) -> None:
         config = AutoConfig.from_pretrained(path)
-        self._quantizer = _passive_quantizer(config, path)
+        self._quantizer = passive_quantizer(config, path)
         self._dtype = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
@@ -125,8 +125,12 @@ class StreamedModel:
             convert_and_load_state_dict_in_model(self.model, tensors, options)
 
 
-def _passive_quantizer(config: Any, path: Path) -> CiuicQuantizer:
-    """What the converters ask for dtypes; takes the checkpoint's own quantization out of the config."""
+def passive_quantizer(config: Any, path: Path) -> CiuicQuantizer:
+    """What the converters ask for dtypes; takes the checkpoint's own quantization out of the config.
+
+    Raises:
+        CiuicError: for a checkpoint that is compressed, or quantized in another way than FP8.
+    """
     wanted = CiuicConfig(bits=16)
     source = getattr(config, "quantization_config", None)
     if source is not None:

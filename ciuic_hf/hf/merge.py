@@ -31,6 +31,8 @@ def merge_for_ciuic(checkpoint_config: Any, given: CiuicConfig) -> CiuicConfig |
     if method == METHOD:
         return None
     if method != "fp8":
+        if source.get("quant_method") is None:  # old ones of bitsandbytes
+            method = "a method that its config.json does not name"
         raise CiuicError(
             f"This checkpoint is already quantized with {method}; Ciuic compresses bf16, fp16, fp32 and FP8 "
             "originals. Load the original model, or load this one without a CiuicConfig."

@@ -25,6 +25,7 @@ from ciuic_hf.hf.origin import Origin, copy_companions, find_origin
 from ciuic_hf.hf.recording import Recording, record_save
 from ciuic_hf.hf.reporting import quietly
 from ciuic_hf.hf.unfinished import Unfinished, describe_work, unfinished_path
+from ciuic_hf.hf.writers import refusal
 from ciuic_hf.memory import PeakMemory
 from ciuic_hf.modules.packed import TAGS
 from ciuic_hf.report import Report, Rounded
@@ -135,10 +136,16 @@ def _check_target(target: Path, origin: Origin) -> None:
 
 def _load(origin: Origin, config: CiuicConfig, destination: Destination) -> Any:
     """Let transformers load to a destination."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with loading_to(destination):
-        return AutoModelForCausalLM.from_pretrained(origin.directory, quantization_config=config)
+    try:
+        with loading_to(destination):
+            return AutoModelForCausalLM.from_pretrained(origin.directory, quantization_config=config)
+    except ValueError as error:
+        other = refusal(origin.name, AutoConfig.from_pretrained(origin.directory))
+        if other is not None:
+            raise other from error
+        raise
 
 
 def _prepare(model: Any, origin: Origin, work: Unfinished, max_shard_size: int | str) -> Recording:

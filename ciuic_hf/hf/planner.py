@@ -19,6 +19,7 @@ from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.hf.fitting import check_headers
 from ciuic_hf.hf.placing import TooSmallError, layers_on, place_of, split_beside, split_layers
 from ciuic_hf.hf.source import Source
+from ciuic_hf.hf.writers import refusal
 from ciuic_hf.modules.allocation import TABLES, Place
 from ciuic_hf.planning.forecast import active_share, reference_cache_kl, reference_quality, tokens_per_second
 from ciuic_hf.planning.memory import Footprint, Sizes, footprint, largest
@@ -55,15 +56,25 @@ class Request:
 
 
 def meta_model(source: Source) -> Any:
-    """The model without weights, after checking that its files fit it. Raises CiuicError when they do not."""
+    """The model without weights, after checking that its files fit it.
+
+    Raises:
+        CiuicError: for a model that does not write text, and files that do not fit.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    other = refusal(source.name, source.config)
+    if other is not None and type(source.config) not in AutoModelForCausalLM._model_mapping:
+        raise other
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source.config, dtype=source.config.dtype or torch.bfloat16)
     if source.headers is not None:
         block = None if source.quantization is None else fp8.block_size(source.quantization)
-        check_headers(model, source.headers, block, complete=not source.absent)
+        try:
+            check_headers(model, source.headers, block, complete=not source.absent)
+        except CiuicError as error:
+            raise other or error from None  # an encoder or a classifier has no head to predict tokens
     return model
 
 
@@ -319,8 +330,8 @@ def _row(
 
 
 def setups_that_fit(model: Any, request: Request) -> list[str]:
-    """Cards, as few as possible of each, that the smallest plan fits on, cheapest memory first; at most three."""
-    found: list[tuple[int, str]] = []
+    """At most three cards, as few as possible of each, that the smallest plan fits on; first the one asked for."""
+    found: list[tuple[bool, int, str]] = []
     weights = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
     config = CiuicConfig(bits=request.bits, cache_bits=request.cache_bits)
     choice = uniform_choice(model, config, model.dtype, request.context, request.batch, request.device)
@@ -334,9 +345,9 @@ def setups_that_fit(model: Any, request: Request) -> list[str]:
             fixed, smallest = fixed_and_smallest(choice, config, places)
             taken = split_beside(beside, layers_on([t.name for t in choice.targets], places))
             if all(fixed[d] + smallest[d] + taken[d] <= card_nbytes(card) for d in fixed):
-                found.append((count * card_nbytes(card), f"{count} x {card}"))
+                found.append((card != request.card, count * card_nbytes(card), f"{count} x {card}"))
                 break
-    return [name for _, name in sorted(found)[:3]]
+    return [name for *_, name in sorted(found)[:3]]
 
 
 def _least_beside(model: Any, request: Request) -> Footprint:

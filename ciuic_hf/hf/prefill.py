@@ -14,10 +14,10 @@ from typing import Any
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf.cache_name import cache_name
 from ciuic_hf.hf.config import CiuicConfig
 from ciuic_hf.planning.prefill_chunk import AUTO
 
-CACHE = "past_key_values"
 # Layers that go on from what is cached; the last is what transformers 5.17 calls those of DeepSeek-V3.2.
 _CUTS = {"full_attention", "sliding_attention", "indexed_attention", "deepseek_sparse_attention"}
 
@@ -95,7 +95,7 @@ def install() -> None:
         chunk = generation_config.prefill_chunk_size
         if chunk is not None and chunk == _chunk_of(self):
             embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
-            cache = model_kwargs.get(CACHE)
+            cache = model_kwargs.get(cache_name())
             again = not goes_on and cache is not None and cache.get_seq_length() > 0
             if (
                 cache is None
@@ -129,7 +129,7 @@ def _is_short(input_ids: Any, chunk: int, cache: Any, model_kwargs: dict[str, An
 
 def _feed(model: Any, embeds: Any, chunk: int, model_kwargs: dict[str, Any]) -> None:
     """Put all pieces of embeddings ``[B, length, hidden]`` but the last into the cache."""
-    cache, length = model_kwargs[CACHE], embeds.shape[1]
+    cache, length = model_kwargs[cache_name()], embeds.shape[1]
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     for start in range(cache.get_seq_length(), length - chunk, chunk):
@@ -138,7 +138,7 @@ def _feed(model: Any, embeds: Any, chunk: int, model_kwargs: dict[str, Any]) -> 
             inputs_embeds=embeds[:, start:stop],
             attention_mask=None if mask is None else mask[:, :stop],
             position_ids=None if positions is None else positions[..., start:stop],
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(): cache},
             **logits,
         )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, pad
 
 from ciuic_hf.errors import CiuicError
+from ciuic_hf.hf.cache_name import cache_name
 from ciuic_hf.hf.decoder_layers import decoder_layers, in_memory, layer_by_layer
 from ciuic_hf.modules.experts import EXPERT_PARAMETERS, is_fused_experts, unsupported_reason
 from ciuic_hf.planning.moments import Moments
@@ -222,8 +223,8 @@ def own_text(model: Any, tokens: int, done: Callable[[float], object] = lambda _
     cache, last = None, ids
     with torch.inference_mode():
         while ids.shape[1] < SEQUENCE:
-            out = model(input_ids=last, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=last, use_cache=True, **{cache_name(): cache})
+            cache = out[cache_name()]
             last = _draw(out.logits[:, -1], generator)
             ids = torch.cat([ids, last], dim=1)
             done(ids.shape[1] / SEQUENCE)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ciuic_hf.checkpoint import TensorHeader, check_files
 from ciuic_hf.config import ADAPTIVE
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.hf import fp8, prefill, saving
+from ciuic_hf.hf import fp8, prefill, resizing, saving
 from ciuic_hf.hf.cache import CiuicCache
 from ciuic_hf.hf.choosing import choose, describe
 from ciuic_hf.hf.config import AUTO, METHOD, CiuicConfig
@@ -55,6 +55,7 @@ class CiuicQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: CiuicConfig, **kwargs: Any) -> None:
         saving.install()
+        resizing.install()
         config = copy.deepcopy(quantization_config)  # one CiuicConfig can serve many loads
         super().__init__(config, **kwargs)
         source = config.source_quantization
@@ -198,8 +199,8 @@ class CiuicQuantizer(HfQuantizer):
             for name in self.quantization_config.parameters:
                 for absent in {name, name + TAGS} & (set(missing_keys) - tied):
                     raise CiuicError(
-                        f"{absent} is missing from the files of this checkpoint; download them again"
-                        + ("." if self.pre_quantized else f", {way_out.format(name)}.")
+                        f"{absent if self.pre_quantized else name} is missing from the files of this checkpoint; "
+                        "download them again" + ("." if self.pre_quantized else f", {way_out.format(name)}.")
                     )
             return move(missing_keys, *args, **kwargs)
 

@@ -106,9 +106,10 @@ def _described(
         ) from None
     quantization = written.get("quantization_config")
     if quantization is not None:
-        if quantization.get("quant_method") != "fp8":
+        method = quantization.get("quant_method", "by a method without a name")
+        if method != "fp8":
             raise CiuicError(
-                f"{name} is {quantization.get('quant_method')} already; plans are made for bf16 and FP8 models."
+                f"{name} is quantized already ({method}); plans are made for bf16 and FP8 models."
             )
         del config.quantization_config
     return Source(name, config, quantization, headers, files, absent)

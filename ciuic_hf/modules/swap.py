@@ -62,8 +62,8 @@ def adopt_module(
         module = model.get_submodule(module_name)
     except AttributeError:
         raise CiuicError(
-            f"The checkpoint compresses {full_name}, which this model does not have; "
-            "config.json belongs to another model."
+            f"The checkpoint compresses {full_name}, which a {type(model).__name__} does not have; load it with the "
+            "class it was saved from, or config.json belongs to another model."
         ) from None
     if isinstance(module, PackedModule):
         return module

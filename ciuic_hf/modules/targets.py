@@ -236,7 +236,8 @@ def _settle_ties(
         if raw:
             for other in {name, source} & set(by_name):
                 targets.remove(by_name.pop(other))
-                kept.append(Kept(other, f"tied to {raw[0]}, which is kept: {reasons[raw[0]].reason}"))
+                reasons[other] = Kept(other, f"tied to {raw[0]}, which is kept: {reasons[raw[0]].reason}")
+                kept.append(reasons[other])
             continue
         choice = by_name[name] if "lm_head" in told else by_name[source]
         for other in (name, source):

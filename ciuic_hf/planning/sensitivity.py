@@ -80,7 +80,10 @@ class Sensitivity:
     def load(cls, path: str | Path) -> Sensitivity:
         """Read what :meth:`save` wrote. Raises CiuicError for anything else."""
         if not Path(path).is_file():
-            raise CiuicError(f"There is no file {path}; `ciuic calibrate MODEL --save {path}` makes one.")
+            raise CiuicError(
+                f"There is no file {path}; `ciuic calibrate MODEL --save {path}` makes one for "
+                "sensitivity, with --rounding for calibration too."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 about = (file.metadata() or {}).get(_KIND)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 import ciuic_hf
@@ -55,3 +56,40 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["compres"])
     assert "demo" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"ciuic-hf {ciuic_hf.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["plan", "SRC", "--bits", "4"], ["compress", "SRC", "DST"], ["calibrate", "SRC", "--save", "DST"]],
+)
+@pytest.mark.parametrize("kind", ["BertModel", "T5ForConditionalGeneration"])
+def test_a_model_that_writes_no_text(
+    kind: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What AutoModelForCausalLM would make of an encoder has a head that no file holds."""
+    cls = getattr(transformers, kind)
+    bert = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    t5 = {"d_model": 64, "d_ff": 64, "d_kv": 32, "num_layers": 1, "num_heads": 2}
+    config = cls.config_class(vocab_size=64, **(bert if kind == "BertModel" else t5))
+    cls(config).save_pretrained(tmp_path / "SRC")
+    assert main([str(tmp_path / word) if word.isupper() else word for word in command]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"SRC is a {kind}, and this command is for models that write text from left to right" in error
+    assert "Traceback" not in error and not (tmp_path / "DST").exists()
+
+
+def test_what_cannot_be_calibrated_is_refused_at_once(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source, message in (
+        (tmp_path / "x", "is not the directory of a model"),
+        (saved, "compressed by Ciuic"),
+    ):
+        assert main(["calibrate", str(source), "--save", str(tmp_path / "file")]) == 1
+        assert message in " ".join(capsys.readouterr().err.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging as stdlib_logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.utils import logging
 
 from ciuic_hf import CiuicCache, CiuicConfig, CiuicError, use_ciuic_attention
 from ciuic_hf.hf.cache import CiuicLayer
+from ciuic_hf.hf.cache_name import cache_name
 from ciuic_hf.planning.cache_formats import cache_nbytes, cache_nbytes_per_token
 
 FAMILIES = ["v3_bf16", "deepseek_v2", "deepseek_v32", "qwen2_tied", "qwen3_moe", "gpt_neox"]
@@ -328,3 +330,8 @@ def test_models_without_a_cache_that_grows(name: str, options: dict[str, Any]) -
     config = getattr(transformers, f"{name}Config")(**options)
     with pytest.raises(CiuicError, match="use its own cache"):
         CiuicCache(config)
+
+
+def test_the_keyword_of_the_cache_is_the_one_that_models_take() -> None:
+    """transformers 5.24 renamed it, and passes what comes under another name on beside a DynamicCache of its own."""
+    assert cache_name() in inspect.signature(LlamaForCausalLM.forward).parameters

@@ -223,7 +223,7 @@ def test_bad_arguments_and_weights() -> None:
     for setting, says in [
         ("raw", "nn.Linear"),
         (16, "nn.Linear"),
-        ("quant7", "setting: No codec is named 'quant7'"),
+        ("quant7", "setting is 'quant7'; give bits per weight .* No codec is named 'quant7'"),
         (0, "between"),
     ]:
         with pytest.raises(CiuicError, match=says):

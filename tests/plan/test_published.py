@@ -92,5 +92,11 @@ def test_671_billion_weights_are_planned_in_seconds(
         assert part in text
 
 
+def test_more_of_the_same_card_are_offered_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_headers(f"{PREFIX}R1-Distill-Llama-70B", tmp_path)
+    assert main(["plan", str(path), "--gpu", "RTX3090", "--context", "65536"]) == 1
+    assert "or 2 x RTX3090, or 1 x L40S, or 2 x RTX4090." in " ".join(capsys.readouterr().err.split())
+
+
 def test_every_configuration_is_planned_somewhere() -> None:
     assert {PREFIX + name for name in (*COUNTS, "V3.2-Exp")} == set(CONFIGS)
