@@ -22,7 +22,7 @@ from ciuic_kernels.work import compiled_kinds
 BITS = 4.25
 MOST_OFF = 0.06
 """Standard deviations of a result by which another launch may differ from the default's: roundings to bfloat16 are
-below a hundredth, a block that is left out or read twice is more than a tenth."""
+below a hundredth, a block of large scales that is left out or read twice is more than a tenth."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ciuic_hf.bench.kernels.end_to_end import child_command, run_child
 from ciuic_hf.bench.kernels.generate import (
     V2_LITE,
     StepClock,
+    _empty_model,
     measure_batch,
     measure_fill,
     measure_model,
@@ -29,6 +30,8 @@ from ciuic_hf.bench.kernels.result import Result
 from ciuic_hf.bench.kernels.run import FIRST, Bench, Budget, Plan, plans
 from ciuic_hf.bench.kernels.shapes import STANDARD, TOKENS, WeightShape
 from ciuic_hf.bench.kernels.timing import Ceilings, measure_ceilings
+from ciuic_hf.hf.choosing import uniform_choice
+from ciuic_hf.hf.config import CiuicConfig
 from ciuic_kernels import ops
 from ciuic_kernels.packing import decode_tensor
 from ciuic_kernels.tolerances import exact_product, product_bound
@@ -281,8 +284,11 @@ def test_what_the_planner_says_of_the_model_that_generates() -> None:
         model = random_model(TINY_V2, 4.25, CPU)
         line = measure_fill(model, TINY_V2, 4.25, context=64, batch=2)
     assert (line["peak_nbytes"], line["tokens"]) == (None, 128)
-    held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    assert held < line["predicted_nbytes"] < 3 * held
+    config = CiuicConfig(bits=4.25, policy="uniform")
+    choice = uniform_choice(_empty_model(TINY_V2, "deepseek_v2"), config, torch.bfloat16, 64, 2)
+    assert choice.weights_nbytes == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert choice.beside is not None and line["predicted_nbytes"] == sum(choice.budget().values())
+    assert line["predicted_nbytes"] > choice.weights_nbytes + choice.beside.total
 
 
 def test_peak_memory_is_not_invented(tmp_path: Path) -> None:

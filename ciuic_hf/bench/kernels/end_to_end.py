@@ -28,6 +28,7 @@ class GenerateRow:
     Attributes:
         model: ``ciuic`` or ``bf16``.
         graphs: whether ``torch.compile`` and CUDA graphs are on.
+        skipped: compiled functions that torch ran without a graph all the same.
         tokens_per_second: of all sequences together, once generation is steady.
         peak_nbytes: allocated on the device.
     """
@@ -37,6 +38,7 @@ class GenerateRow:
     graphs: bool
     tokens_per_second: float | None = None
     peak_nbytes: int | None = None
+    skipped: int = 0
     error: str = ""
 
 

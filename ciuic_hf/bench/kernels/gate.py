@@ -150,7 +150,7 @@ def _cases_of(codec: str, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     for shape in sizes.shapes + (sizes.mixed_shapes if mixed else ()):
         for tokens in _by_tile(sizes.tokens) if mixed else [sizes.tokens]:
             yield Case("linear", codec, shape, dtype, tokens)
-    for shape in sizes.siblings if mixed else ():
+    for shape in sizes.siblings[: 1 if codec == ALL else None] if mixed else ():
         shared = [tokens for tokens in sizes.sibling_tokens if codec != ALL or tokens <= SHARED_BLOCK_M]
         yield from (Case("linears", codec, shape, dtype, tokens) for tokens in _by_tile(shared))
     for shape in sizes.experts + (sizes.mixed_experts if mixed else ()):

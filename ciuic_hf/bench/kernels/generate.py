@@ -86,6 +86,13 @@ def random_model(
     return model.eval()
 
 
+def _skipped_graphs() -> int:
+    """How many compiled functions run without a CUDA graph though one was asked for; torch says so in its log only."""
+    from torch._dynamo.utils import counters  # imports the compiler
+
+    return int(counters["inductor"]["cudagraph_skips"])
+
+
 def _empty_model(sizes: dict[str, Any], model_type: str) -> Any:
     """With parameters on the meta device."""
     config = AutoConfig.for_model(model_type, **sizes)
@@ -145,7 +152,7 @@ def measure_batch(model: Any, batch: int, graphs: bool, new_tokens: int = NEW_TO
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    started = time.perf_counter()
+    started, skipped = time.perf_counter(), _skipped_graphs()
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -164,6 +171,7 @@ def measure_batch(model: Any, batch: int, graphs: bool, new_tokens: int = NEW_TO
     return {
         "batch": batch,
         "graphs": graphs,
+        "skipped": _skipped_graphs() - skipped,
         "tokens_per_second": batch / clock.seconds,
         "peak_nbytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "total_seconds": time.perf_counter() - started,

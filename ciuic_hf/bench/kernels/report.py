@@ -130,6 +130,7 @@ def _generation(result: Result) -> Table:
     dense = {(r.batch, r.graphs): r.tokens_per_second for r in rows if r.model == "bf16"}
     for row in rows:
         base, graphs = dense.get((row.batch, row.graphs)), "on" if row.graphs else "off"
+        graphs += f", {row.skipped} skipped" if row.skipped else ""
         if row.tokens_per_second is None:
             shown.add_row(str(row.batch), graphs, row.model, row.error)
             continue
