@@ -34,6 +34,7 @@ TINY = Sizes(
     pairs=((1, 2), (33, 2)),
     ids=2,
     cache_bits=(4,),
+    pages=((64, 64), (20, 64)),
     heads=((1, 16, 16),),
     latents=((1, 24, 16),),
 )

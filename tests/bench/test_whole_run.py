@@ -137,7 +137,13 @@ def failing(error: BaseException) -> Callable[..., Any]:
     ("module", "name", "lost", "kept"),
     [
         (run, "measure_generation", "generate: ended by RuntimeError: a CUDA error", "products"),
-        (others, "measure_attention", "attention, siblings, dequantize: ended by", "products"),
+        pytest.param(
+            others,
+            "measure_attention",
+            "attention, siblings, dequantize: ended by",
+            "products",
+            marks=pytest.mark.slow,
+        ),
         (run, "measure_shape", "V3 dense gate_proj at 1 to 2 tokens: RuntimeError: a CUDA error", "generate"),
     ],
 )
@@ -151,6 +157,7 @@ def test_a_section_that_fails_is_a_sentence(
     assert not any("\n" in what for what in data["not_measured"])
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_one_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = run.measure_shape
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ciuic_hf.bench.kernels.operands import Operand, activations, operand_of, together
-from ciuic_hf.bench.kernels.pages import exact_attention, pages_of
+from ciuic_hf.bench.kernels.pages import Sizes, exact_attention, pages_of
 from ciuic_kernels import BlockGrid, codec_by_name, ops
 from ciuic_kernels.packing import decode_tensor, encode_tensor
 from ciuic_kernels.tolerances import exact_product, product_bound
@@ -145,20 +145,26 @@ def check_linears(
 
 
 def check_attention(
-    latent: bool, bits: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, masked: bool
+    latent: bool,
+    bits: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes,
+    masked: bool,
 ) -> Found:
-    """Few new tokens attend to three pages, of which the last is not full; with a mask of padding as well.
+    """Few new tokens attend to packed pages; with masks as well, of padding and of everything.
 
     Args:
         shape: heads of the cache, width of a key, width of a value (latents: rank, rotary width).
+        sizes: of the pages.
     """
     heads, key_width, value_width = shape
     noise = torch.Generator().manual_seed(6)
-    sizes = [(512, 512), (512, 512), (200, 512)]
     pages = pages_of(bits, latent, sizes, heads, (key_width, value_width), 2, device, noise)
     total, width = pages.keys.shape[2], key_width if latent else value_width
     padding = torch.ones(2, 1, total + 7, dtype=torch.bool, device=device)
-    padding[0, :, :600] = False
+    padding[0, :, : sizes[0][0] + 8] = False  # the first page and some of the next
     hidden = torch.zeros_like(padding)
     found = []
     for group, new in ((4, 1), (5, 2), (1, 8)):

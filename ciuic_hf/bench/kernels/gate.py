@@ -45,7 +45,7 @@ class Sizes:
         sibling_tokens: tiles of every size that siblings share, and one more.
         pairs: ``(tokens, experts of each)``: few and many rows of routed experts.
         ids: how many rows of a table are looked up.
-        cache_bits: of packed pages that are attended to.
+        cache_bits: of packed pages that are attended to; ``pages``: tokens and capacity of each.
         heads, latents: shapes of their caches, ``check_attention`` has the order.
     """
 
@@ -61,6 +61,7 @@ class Sizes:
     pairs: tuple[tuple[int, int], ...] = ((1, 2), (9, 3), (40, 3))
     ids: int = 38
     cache_bits: tuple[int, ...] = CACHE_BITS
+    pages: tuple[tuple[int, int], ...] = ((512, 512), (512, 512), (200, 512))
     heads: tuple[Shape, ...] = ((2, 128, 128), (1, 40, 72))
     latents: tuple[Shape, ...] = ((1, 512, 64), (1, 136, 24))
 
@@ -195,7 +196,7 @@ def _check_of(case: Case, sizes: Sizes) -> Callable[[torch.device], checks.Found
     if case.operator in ("heads", "latents"):
         bits, latent = int(case.codec.split("-")[0]), case.operator == "latents"
         return lambda device: checks.check_attention(
-            latent, bits, case.shape, case.dtype, device, masked=bits == 4
+            latent, bits, case.shape, case.dtype, device, list(sizes.pages), masked=bits == 4
         )
     codecs = codecs_of(case.codec)
     if case.operator == "linears":

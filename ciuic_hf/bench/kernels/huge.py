@@ -30,7 +30,7 @@ CODEC = "grid8_g64"
 
 def needed_nbytes(shape: tuple[int, ...] = EXPERTS) -> int:
     """Device memory that the larger of the two takes, with room to work."""
-    return int(1.25 * torch.Size(shape).numel()) + (6 << 30)
+    return int(1.25 * torch.Size(shape).numel()) + (7 << 30)
 
 
 def check_huge(
