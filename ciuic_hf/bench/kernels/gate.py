@@ -46,6 +46,7 @@ class Sizes:
         pairs: ``(tokens, experts of each)``: few and many rows of routed experts.
         ids: how many rows of a table are looked up.
         cache_bits: of packed pages that are attended to; ``pages``: tokens and capacity of each.
+        queries: heads of the model for each of the cache, and new tokens.
         heads, latents: shapes of their caches, ``check_attention`` has the order.
     """
 
@@ -62,6 +63,7 @@ class Sizes:
     ids: int = 38
     cache_bits: tuple[int, ...] = CACHE_BITS
     pages: tuple[tuple[int, int], ...] = ((512, 512), (512, 512), (200, 512))
+    queries: tuple[tuple[int, int], ...] = ((4, 1), (5, 2), (1, 8))
     heads: tuple[Shape, ...] = ((2, 128, 128), (1, 40, 72))
     latents: tuple[Shape, ...] = ((1, 512, 64), (1, 136, 24))
 
@@ -195,9 +197,10 @@ def _check_of(case: Case, sizes: Sizes) -> Callable[[torch.device], checks.Found
     """What compares a case, on a device."""
     if case.operator in ("heads", "latents"):
         bits, latent = int(case.codec.split("-")[0]), case.operator == "latents"
-        return lambda device: checks.check_attention(
-            latent, bits, case.shape, case.dtype, device, list(sizes.pages), masked=bits == 4
-        )
+        return partial(
+            checks.check_attention, latent, bits, case.shape, case.dtype, sizes=list(sizes.pages),
+            queries=sizes.queries, masked=bits == 4,
+        )  # fmt: skip
     codecs = codecs_of(case.codec)
     if case.operator == "linears":
         return lambda device: checks.check_linears(
