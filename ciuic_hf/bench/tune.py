@@ -2,6 +2,8 @@
 
 One knob after another: tile and warps, then stages, then programs, beginning with what runs now. What runs now stays
 unless something is more than 3 % faster, so that noise changes nothing. Weights are in the default 4.25-bit mix.
+An option is timed only if it gives what the default gives. Sizes come in the order of their worth, and those that the
+time does not reach keep their default.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,49 +25,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ciuic_hf.bench.kernels.facts import slug
-from ciuic_hf.bench.kernels.operands import Operand, activations, random_operand, routing
-from ciuic_hf.bench.kernels.shapes import WeightShape
-from ciuic_hf.bench.kernels.timing import Call, CudaTimer, Timer
+from ciuic_hf.bench.kernels.timing import CudaTimer, Timer, said_by
+from ciuic_hf.bench.tune_times import BITS, Bucket, DeviceTimes, Option, buckets, default_option
 from ciuic_kernels import tuning
-from ciuic_kernels.device import DeviceFacts, device_facts
-from ciuic_kernels.format import ceil_div
-from ciuic_kernels.ops._products import dense_product
-from ciuic_kernels.selection import DEFAULT_RULES, EXPERTS, LINEAR, Launch, Rule, choose
+from ciuic_kernels.device import device_facts
+from ciuic_kernels.selection import DEFAULT_RULES, LINEAR
 
-BITS = 4.25
 MARGIN = 1.03
 BLOCK_MS, WARPS, STAGES, PROGRAMS = (8, 16, 32, 64), (1, 2, 4), (3, 4, 6, 8), (4, 8, 16)
-
-
-@dataclass(frozen=True)
-class Option:
-    """A launch to try; None is decode-then-GEMM."""
-
-    launch: tuple[int, int, int] | None
-    programs: int
-
-    def __str__(self) -> str:
-        if self.launch is None:
-            return "decode, then GEMM"
-        tile, warps, stages = self.launch
-        return f"{tile} tokens, {warps} warps, {stages} stages, {self.programs} programs"
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Sizes that share a rule.
-
-    Attributes:
-        max_tokens: of the rule: rows of x, or rows per expert.
-        shape: the weight that stands for its class of sizes.
-        tokens: what is timed, for experts routed rows; their times are weighed equally.
-    """
-
-    op: str
-    size: str
-    max_tokens: int
-    shape: WeightShape
-    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -79,58 +46,21 @@ class Tuned:
     new_seconds: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tuning:
-    """A whole sweep; ``failed`` are options that could not be launched, with the reason."""
+    """A sweep.
+
+    Attributes:
+        failed: options that could not be launched or gave other results, with the reason.
+        left: sizes that keep their default, which it is, and the reason.
+    """
 
     gpu: str
     triton: str
     outcomes: list[Tuned]
     failed: dict[str, str] = field(default_factory=dict)
-
-
-LINEAR_SHAPES = {
-    "small": WeightShape("small matrix", 4096, 2048),
-    "medium": WeightShape("V3 shared gate_up", 4096, 7168),
-    "large": WeightShape("V3 dense gate_proj", 18432, 7168),
-}
-EXPERT_SHAPES = {
-    "small": WeightShape("V2-Lite experts gate_up", 2816, 2048, 64, 6),
-    "medium": WeightShape("V3 experts gate_up", 4096, 7168, 64, 8),
-}
-LINEAR_BUCKETS = (
-    (8, (1, 8)),
-    (16, (16,)),
-    (32, (32,)),
-    (64, (64,)),
-    (128, (128,)),
-    (256, (256,)),
-    (512, (512,)),
-)
-EXPERT_BUCKETS = ((1, (8, 64)), (8, (512,)), (16, (1024,)), (32, (2048,)), (128, (8192,)))
-"""``(largest number, what is timed)``: rows of x; for experts, rows of one of 64 experts, and of all."""
-
-
-def buckets() -> Iterator[Bucket]:
-    """What is tuned, in the order of the table; other sizes keep the default rules."""
-    for op, shapes, ranges in (
-        (LINEAR, LINEAR_SHAPES, LINEAR_BUCKETS),
-        (EXPERTS, EXPERT_SHAPES, EXPERT_BUCKETS),
-    ):
-        for size, shape in shapes.items():
-            for max_tokens, tokens in ranges:
-                yield Bucket(op, size, max_tokens, shape, tokens)
-
-
-def default_option(bucket: Bucket, facts: DeviceFacts, rules: Sequence[Rule]) -> Option:
-    """What these rules run for a bucket."""
-    choice = choose(bucket.op, bucket.max_tokens, bucket.shape.weights, torch.bfloat16, facts, rules)
-    if choice.launch is None:
-        return Option(None, 8)
-    launch = choice.launch
-    return Option(
-        (launch.block_m, launch.num_warps, launch.num_stages), launch.programs // max(1, facts.processors)
-    )
+    left: list[tuple[Bucket, Option, str]] = field(default_factory=list)
+    interrupted: bool = False
 
 
 TimeOptions = Callable[[Bucket, Sequence[Option]], list[tuple[float, ...] | None]]
@@ -195,75 +125,30 @@ class Step(Protocol):
     def step(self, what: str) -> None: ...
 
 
-def tune(device: torch.device, progress: Step, timer: Timer | None = None) -> Tuning:
-    """Sweep every bucket on a CUDA device."""
-    facts, triton = device_facts(device), tuning.triton_minor()
+def tune(
+    device: torch.device, progress: Step, seconds: float = math.inf, timer: Timer | None = None
+) -> Tuning:
+    """Sweep the buckets on a CUDA device for so many seconds, or until Ctrl-C; what was found by then counts."""
+    facts, deadline = device_facts(device), time.perf_counter() + seconds
     measure = DeviceTimes(device, facts, timer or CudaTimer(device, rounds=15, seconds=0.1))
-    todo = list(buckets())
+    found = Tuning(facts.name, tuning.triton_minor(), [], measure.failed)
+    todo = buckets()
     progress.start("tuning", len(todo))
-    outcomes = []
     for bucket in todo:
-        outcomes.append(tune_bucket(bucket, default_option(bucket, facts, DEFAULT_RULES), measure))
-        progress.step(f"{bucket.op}, {bucket.size}, up to {bucket.max_tokens} tokens")
-    return Tuning(facts.name, triton, outcomes, measure.failed)
-
-
-class DeviceTimes:
-    """``TimeOptions`` on a GPU; keeps the compressed weight of the last shape.
-
-    Attributes:
-        failed: options that could not be launched, with the reason.
-    """
-
-    def __init__(self, device: torch.device, facts: DeviceFacts, timer: Timer) -> None:
-        self.device, self.facts, self.timer = device, facts, timer
-        self.failed: dict[str, str] = {}
-        self._shape: WeightShape | None = None
-        self._operand: Operand | None = None
-
-    def __call__(self, bucket: Bucket, options: Sequence[Option]) -> list[tuple[float, ...] | None]:
-        operand = self._of(bucket.shape)
-        columns: list[list[float | None]] = []
-        for tokens in bucket.tokens:
-            calls = [self._call(bucket, operand, tokens, option) for option in options]
-            with torch.inference_mode():
-                timings = self.timer.medians(calls)
-            self.failed |= {str(o): t.error for o, t in zip(options, timings, strict=True) if t.error}
-            columns.append([timing.seconds for timing in timings])
-        rows = list(zip(*columns, strict=True))
-        return [None if None in row else tuple(t for t in row if t is not None) for row in rows]
-
-    def _of(self, shape: WeightShape) -> Operand:
-        if self._operand is None or self._shape != shape:
-            self._operand = None
-            self._operand, self._shape = random_operand(shape, BITS, self.device), shape
-        return self._operand
-
-    def _call(self, bucket: Bucket, operand: Operand, tokens: int, option: Option) -> Call:
-        """A product with this launch, past the rules."""
-        from ciuic_kernels.triton.experts import expert_linear  # imports Triton
-        from ciuic_kernels.triton.linear import linear
-
-        shape, packed = bucket.shape, operand.packed
-        if bucket.op == LINEAR:
-            x = activations(tokens, shape.cols, torch.bfloat16, self.device)
+        default, reason = default_option(bucket, facts, DEFAULT_RULES), ""
+        if found.interrupted or time.perf_counter() > deadline:
+            reason = "interrupted" if found.interrupted else "no time left"
         else:
-            drawn = routing(ceil_div(tokens, shape.routed), shape, self.device)
-            ids = drawn.flatten()[:tokens].contiguous()
-            x = activations(tokens, shape.cols, torch.bfloat16, self.device)
-        if option.launch is None:
-            return partial(dense_product, x, operand.matrix())
-        launch = Launch(*option.launch, programs=option.programs * self.facts.processors)
-        work, kinds = operand.derived.work, operand.derived.kinds
-        if bucket.op == LINEAR:
-            return partial(
-                linear, x=x, arena=packed.arena, tags=packed.tags, work=work, kinds=kinds, bias=None,
-                rows=shape.rows, launch=launch,
-            )  # fmt: skip
-        return partial(
-            expert_linear, x=x, fan=1, expert_ids=ids, arena=packed.arena, tags=packed.tags, work=work, kinds=kinds,
-            rows=shape.rows, launch=launch,
-        )  # fmt: skip
+            try:
+                found.outcomes.append(tune_bucket(bucket, default, measure))
+            except KeyboardInterrupt:
+                found.interrupted, reason = True, "interrupted"
+            except Exception as error:
+                reason = said_by(error)
+            progress.step(str(bucket))
+        if reason:
+            found.left.append((bucket, default, reason))
+    return found
 
 
 def table_path(gpu: str, triton: str) -> Path:
@@ -272,16 +157,25 @@ def table_path(gpu: str, triton: str) -> Path:
 
 
 def to_table(tuned: Tuning) -> dict[str, object]:
-    """The JSON that ``ciuic_kernels.tuning`` reads, narrow rules before wide ones."""
+    """The JSON that ``ciuic_kernels.tuning`` reads, narrow rules before wide ones.
+
+    A size that was left out is written with its default where a wider rule would take its place.
+    """
+    chosen = [(outcome.bucket, outcome.new) for outcome in tuned.outcomes]
+    widest: dict[tuple[str, str], int] = {}
+    for bucket, _ in chosen:
+        key = bucket.op, bucket.size
+        widest[key] = max(widest.get(key, 0), bucket.max_tokens)
+    chosen += [(b, o) for b, o, _ in tuned.left if b.max_tokens < widest.get((b.op, b.size), 0)]
     rules = [
         {
-            "op": outcome.bucket.op,
-            "max_tokens": outcome.bucket.max_tokens,
-            "size": outcome.bucket.size,
-            "launch": list(outcome.new.launch) if outcome.new.launch else None,
-            "programs": outcome.new.programs,
+            "op": bucket.op,
+            "max_tokens": bucket.max_tokens,
+            "size": bucket.size,
+            "launch": list(option.launch) if option.launch else None,
+            "programs": option.programs,
         }
-        for outcome in tuned.outcomes
+        for bucket, option in sorted(chosen, key=lambda pair: pair[0].max_tokens)
     ]
     return {
         "schema": tuning.SCHEMA,
@@ -323,8 +217,10 @@ def report(tuned: Tuning) -> Iterator[RenderableType]:
     yield shown
     changed = sum(o.new != o.old for o in tuned.outcomes)
     yield Text(f"{changed} of {len(tuned.outcomes)} launches changed; the default stays unless 3 % slower")
+    if tuned.left:
+        yield Text("Left at their default:\n" + "\n".join(f"  {b}: {why}" for b, _, why in tuned.left))
     if tuned.failed:
-        yield Text("Not launched:\n" + "\n".join(f"  {o}: {why}" for o, why in tuned.failed.items()))
+        yield Text("Not chosen:\n" + "\n".join(f"  {o}: {why}" for o, why in tuned.failed.items()))
 
 
 def _micro(seconds: Sequence[float]) -> str:

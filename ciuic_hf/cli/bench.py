@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,11 @@ def _add_kernels(kinds: Any) -> None:
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file")
     kernels.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture; needs matplotlib")
     kernels.add_argument("--quick", action="store_true", help="only what the bar says of products")
+    kernels.add_argument(
+        "--gate-only",
+        action="store_true",
+        help="a small gate in one process, no times: for compute-sanitizer",
+    )
     kernels.add_argument("--minutes", type=float, default=8, help="what the run may take (default 8)")
     kernels.add_argument("--device", default="cuda:0")
     kernels.set_defaults(run=run_kernels)
@@ -114,6 +122,7 @@ def _add_tune(kinds: Any) -> None:
     tune.add_argument(
         "--out", type=Path, metavar="FILE", help="table to write (default: where every later run finds it)"
     )
+    tune.add_argument("--minutes", type=float, default=4, help="what it may take (default 4)")
     tune.add_argument("--device", default="cuda:0")
     tune.set_defaults(run=run_tune)
 
@@ -195,23 +204,50 @@ def run_kernels(arguments: argparse.Namespace) -> int:
         return NO_GPU
     from ciuic_hf.bench.kernels.picture import draw, require_matplotlib
     from ciuic_hf.bench.kernels.report import report
-    from ciuic_hf.bench.kernels.run import run_bench
+    from ciuic_hf.bench.kernels.result import Result
+    from ciuic_hf.bench.kernels.run import run_bench, run_gate_only
 
     if arguments.report or arguments.plot:
         require_matplotlib()
-    with ShownProgress() as progress:
-        result = run_bench(device, progress, seconds=60 * arguments.minutes, quick=arguments.quick)
+
+    def files(result: Result, suffix: str, given: Path | None) -> list[Path]:
+        named = arguments.report / f"kernels-{result.machine.slug}{suffix}" if arguments.report else None
+        return [path for path in (given, named) if path is not None]
+
+    def save(result: Result) -> None:
+        for path in files(result, ".json", arguments.json):
+            result.write(path)
+
+    with ShownProgress() as progress, _ended_by_ctrl_c():
+        if arguments.gate_only:
+            result = run_gate_only(device, progress)
+            save(result)
+        else:
+            seconds = 60 * arguments.minutes
+            result = run_bench(device, progress, seconds=seconds, quick=arguments.quick, save=save)
     for part in report(result):
         Console().print(part)
-    base = arguments.report / f"kernels-{result.machine.slug}" if arguments.report else None
-    for path in (arguments.json, base and base.with_suffix(".json")):
-        if path is not None:
+    for path in files(result, ".png", arguments.plot):
+        if result.ceilings is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    for path in (arguments.plot, base and base.with_suffix(".png")):
-        if path is not None and result.green:
             draw(result, path)
-    return 0 if result.green else 1
+    if result.state == "interrupted":
+        return INTERRUPTED
+    return 0 if result.green and result.state in ("finished", "gate only") else 1
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Have a request to end, such as that of ``timeout``, do what Ctrl-C does: results are kept."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_tune(arguments: argparse.Namespace) -> int:
@@ -220,22 +256,29 @@ def run_tune(arguments: argparse.Namespace) -> int:
         return NO_GPU
     from ciuic_hf.bench.tune import report, table_path, tune, write_table
 
-    with ShownProgress() as progress:
-        tuned = tune(device, progress)
+    with ShownProgress() as progress, _ended_by_ctrl_c():
+        tuned = tune(device, progress, 60 * arguments.minutes)
     for part in report(tuned):
         Console().print(part)
+    if not tuned.outcomes:
+        Console(stderr=True).print("ciuic: nothing was tuned, so no table is written.", style="red")
+        return INTERRUPTED if tuned.interrupted else 1
     path = arguments.out or table_path(tuned.gpu, tuned.triton)
     write_table(tuned, path)
     Console().print(f"written to {path}", highlight=False, soft_wrap=True)
-    return 0
+    return INTERRUPTED if tuned.interrupted else 0
 
 
+INTERRUPTED = 130
 NO_GPU = 2
 
 
 def _gpu(name: str, command: str) -> torch.device | None:
     """A device that the kernels run on; None after one sentence that says what is needed."""
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
     here = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
     reason = device_facts(device).reason if here else f"{name} is not there"
     if not reason:
@@ -264,7 +307,9 @@ class ShownProgress:
         self._bars.stop()
 
     def start(self, what: str, total: int | None) -> None:
-        """A new bar takes the place of the last."""
+        """A new bar takes the place of the last; where nobody sees bars, a line."""
+        if not self._bars.console.is_terminal:
+            self._bars.console.print(what, highlight=False, markup=False)
         if self._task is not None:
             self._bars.remove_task(self._task)
         self._task = self._bars.add_task(what, total=total)

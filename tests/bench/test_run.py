@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,16 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from ciuic_hf.bench.kernels import end_to_end
 from ciuic_hf.bench.kernels import run as running
 from ciuic_hf.bench.kernels.end_to_end import child_command, run_child
-from ciuic_hf.bench.kernels.generate import V2_LITE, StepClock, measure_batch, measure_model, random_model
+from ciuic_hf.bench.kernels.generate import (
+    V2_LITE,
+    StepClock,
+    _empty_model,
+    measure_batch,
+    measure_fill,
+    measure_model,
+    random_model,
+)
 from ciuic_hf.bench.kernels.operands import random_operand, routing
 from ciuic_hf.bench.kernels.peers import Peer, Product
 from ciuic_hf.bench.kernels.products import CUBLAS, FORMATS, Format, fitting, measure_shape
 from ciuic_hf.bench.kernels.result import Result
-from ciuic_hf.bench.kernels.run import FIRST, Budget, Plan, plans
+from ciuic_hf.bench.kernels.run import FIRST, Bench, Budget, Plan, plans
 from ciuic_hf.bench.kernels.shapes import STANDARD, TOKENS, WeightShape
 from ciuic_hf.bench.kernels.timing import Ceilings, measure_ceilings
+from ciuic_hf.hf.choosing import uniform_choice
+from ciuic_hf.hf.config import CiuicConfig
 from ciuic_kernels import ops
 from ciuic_kernels.packing import decode_tensor
 from ciuic_kernels.tolerances import exact_product, product_bound
@@ -103,17 +115,20 @@ def test_experts_are_scaled_to_the_memory() -> None:
 
 def test_ceilings_count_both_directions_of_a_copy() -> None:
     assert measure_ceilings(FakeTimer(), CPU, copy_nbytes=1000, side=10) == Ceilings(
-        pytest.approx(2e9), pytest.approx(2e9)
+        pytest.approx(2e9), pytest.approx(2e9), pytest.approx(1e-6)
     )
 
 
 def test_the_bar_comes_first_and_nothing_is_left_out() -> None:
-    first, compared, rest = plans(PEERS, quick=False)
-    assert [plan.shape.name for plan in first] == list(FIRST)
-    assert sorted(plan.shape.name for plan in [*first, *rest]) == sorted(shape.name for shape in STANDARD)
-    assert all(plan.formats == FORMATS and plan.tokens == TOKENS for plan in [*first, *rest])
+    decode, prefill, compared, rest = plans(PEERS, quick=False)
+    assert [plan.shape.name for plan in decode] == [plan.shape.name for plan in prefill] == list(FIRST)
+    assert sorted(plan.shape.name for plan in [*decode, *rest]) == sorted(shape.name for shape in STANDARD)
+    assert all(plan.formats == FORMATS for plan in [*decode, *prefill, *rest])
+    assert {tokens for pair in zip(decode, prefill, strict=True) for plan in pair for tokens in plan.tokens} == {
+        tokens for plan in rest for tokens in plan.tokens
+    } == set(TOKENS)  # fmt: skip
     assert all(plan.peers == PEERS and max(plan.tokens) <= 64 for plan in compared)
-    assert plans((), quick=False)[1] == [] and plans((), quick=True)[2] == []
+    assert plans((), quick=False)[2] == []
 
 
 class Clock:
@@ -128,10 +143,12 @@ class Clock:
 
 
 def run_plans(seconds: float) -> Result:
-    result, progress = Result(MACHINE), SilentProgress()
-    chosen = [Plan(SMALL, TWO, (1, 2)), Plan(EXPERTS, TWO, (1, 2))]
-    running._run_plans(result, chosen, CPU, FakeTimer(), progress, Budget(seconds, Clock()))
+    result, progress, saved = Result(MACHINE), SilentProgress(), list[int]()
+    budget = Budget(seconds, Clock())
+    bench = Bench(result, CPU, FakeTimer(), progress, budget, lambda r: saved.append(len(r.products)))
+    running._run_plans(bench, [Plan(SMALL, TWO, (1, 2)), Plan(EXPERTS, TWO, (1, 2))])
     assert len(progress.steps) == len(result.products)
+    assert not result.products or saved[-1] == len(result.products)
     return result
 
 
@@ -140,10 +157,13 @@ def test_what_has_no_time_left_is_said() -> None:
     assert (len(whole.products), whole.not_measured) == (8, [])
     assert 0 < len(half.products) < 4
     assert half.not_measured == [
-        f"small: no time left after {len(half.products)} of 4 rows",
-        "experts: no time left",
+        f"small at 1 to 2 tokens: no time left after {len(half.products)} of 4 rows",
+        "experts at 1 to 2 tokens: no time left",
     ]
-    assert (none.products, none.not_measured) == ([], ["small: no time left", "experts: no time left"])
+    assert (none.products, none.not_measured) == (
+        [],
+        ["small at 1 to 2 tokens: no time left", "experts at 1 to 2 tokens: no time left"],
+    )
 
 
 def test_out_of_memory_leaves_out_one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +174,7 @@ def test_out_of_memory_leaves_out_one_weight(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(running, "measure_shape", measure)
     result = run_plans(100)
-    assert result.not_measured == ["small: out of memory after 0 of 4 rows"]
+    assert result.not_measured == ["small at 1 to 2 tokens: out of memory after 0 of 4 rows"]
     assert len(result.products) == 4
 
 
@@ -174,10 +194,34 @@ out.write(json.dumps({"batch": 1}) + "\\n"); out.flush()
     ],
 )
 def test_a_child_is_ended_in_time_and_its_lines_are_kept(then: str, said: str) -> None:
-    started = time.perf_counter()
-    lines, trouble = run_child([sys.executable, "-c", CHILD + then], 3)
+    started, lines = time.perf_counter(), list[dict[str, object]]()
+    trouble = run_child([sys.executable, "-c", CHILD + then], 3, lines.append)
     assert (lines, trouble) == ([{"batch": 1}], said)
     assert time.perf_counter() - started < 20
+
+
+def test_lines_come_as_they_are_written_and_half_a_line_waits(tmp_path: Path) -> None:
+    path, lines = tmp_path / "lines", list[dict[str, object]]()
+    assert end_to_end._take_lines(path, 0, lines.append) == 0
+    path.write_text('{"batch": 1}\n{"bat')
+    assert end_to_end._take_lines(path, 0, lines.append) == 1
+    path.write_text('{"batch": 1}\n{"batch": 8}\n')
+    assert end_to_end._take_lines(path, 1, lines.append) == 2
+    assert lines == [{"batch": 1}, {"batch": 8}]
+
+
+def test_a_child_ends_with_an_interrupted_run() -> None:
+    children: list[int] = []
+
+    def interrupt(line: dict[str, int]) -> None:
+        children.append(line["pid"])
+        raise KeyboardInterrupt
+
+    script = CHILD.replace('{"batch": 1}', '{"pid": __import__("os").getpid()}') + "time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        run_child([sys.executable, "-c", script], 50, interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)
 
 
 def test_the_command_of_a_child() -> None:
@@ -220,6 +264,31 @@ def test_a_run_that_fails_is_a_line_and_the_next_goes_on(monkeypatch: pytest.Mon
         {"batch": 8, "graphs": False},
     ]
     assert list(measure_model(None, -1, ((8, False),))) == []
+
+
+def test_memory_is_measured_after_the_first_two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ciuic_hf.bench.kernels import generate
+
+    monkeypatch.setattr(
+        generate, "measure_batch", lambda model, batch, graphs, new: {"batch": batch, "graphs": graphs}
+    )
+    lines = list(
+        measure_model(None, 60, ((1, True), (1, False), (8, False)), fill=lambda model: {"context": 7})
+    )
+    assert [line.get("context", line.get("batch")) for line in lines] == [1, 1, 7, 8]
+
+
+def test_what_the_planner_says_of_the_model_that_generates() -> None:
+    """Without a GPU there is no peak; weights and tables that the prediction counts are those of the model."""
+    with torch.inference_mode():
+        model = random_model(TINY_V2, 4.25, CPU)
+        line = measure_fill(model, TINY_V2, 4.25, context=64, batch=2)
+    assert (line["peak_nbytes"], line["tokens"]) == (None, 128)
+    config = CiuicConfig(bits=4.25, policy="uniform")
+    choice = uniform_choice(_empty_model(TINY_V2, "deepseek_v2"), config, torch.bfloat16, 64, 2)
+    assert choice.weights_nbytes == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert choice.beside is not None and line["predicted_nbytes"] == sum(choice.budget().values())
+    assert line["predicted_nbytes"] > choice.weights_nbytes + choice.beside.total
 
 
 def test_peak_memory_is_not_invented(tmp_path: Path) -> None:

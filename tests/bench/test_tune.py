@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from ciuic_hf.bench.tune import (
-    Bucket,
-    Option,
-    Tuned,
-    Tuning,
-    buckets,
-    default_option,
-    table_path,
-    to_table,
-    tune_bucket,
-    write_table,
-)
+from ciuic_hf.bench import tune as tuner
+from ciuic_hf.bench import tune_times
+from ciuic_hf.bench.kernels.shapes import WeightShape
+from ciuic_hf.bench.kernels.timing import Call, Timing
+from ciuic_hf.bench.tune import Tuned, Tuning, table_path, to_table, tune, tune_bucket, write_table
+from ciuic_hf.bench.tune_times import Bucket, DeviceTimes, Option, buckets, default_option
+from ciuic_hf.cli import bench as cli
+from ciuic_hf.cli.main import main
 from ciuic_kernels import tuning
 from ciuic_kernels.gpus import GPUS
-from ciuic_kernels.selection import DEFAULT_RULES, LINEAR, choose
+from ciuic_kernels.selection import DEFAULT_RULES, EXPERTS, LINEAR, choose
+from tests.bench.conftest import CPU, FACTS, FakeTimer, SilentProgress
 
 H100 = GPUS["H100"]
 ALL_BUCKETS = list(buckets())
@@ -144,3 +143,168 @@ def test_every_bucket_stands_for_its_class() -> None:
     from ciuic_kernels.selection import size_class
 
     assert all(size_class(bucket.shape.weights) == bucket.size for bucket in ALL_BUCKETS)
+
+
+def test_few_tokens_of_all_operators_come_first() -> None:
+    order = [bucket.max_tokens for bucket in ALL_BUCKETS]
+    assert order == sorted(order) and {bucket.op for bucket in ALL_BUCKETS[:7]} == {LINEAR, EXPERTS}
+
+
+SMALL = Bucket(LINEAR, "small", 8, WeightShape("small", 64, 128), (1, 3))
+SMALL_EXPERTS = Bucket(EXPERTS, "small", 8, WeightShape("experts", 64, 128, 2, 1), (2,))
+
+
+class ByCall(FakeTimer):
+    """Later calls of a comparison are faster."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda place: 1e-5 / (1 + place))
+        self.sizes: list[int] = []
+
+    def medians(self, calls: Sequence[Call]) -> list[Timing]:
+        self.sizes.append(len(calls))
+        return super().medians(calls)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch, interpreted: object) -> None:
+    """The interpreter compiles nothing; it has no bfloat16, and takes its time."""
+    monkeypatch.setattr(tune_times, "BITS", "grid4_g64")
+    monkeypatch.setattr(DeviceTimes, "_compile", lambda self, calls: None)
+    right = tune_times.activations
+    monkeypatch.setattr(
+        tune_times,
+        "activations",
+        lambda tokens, cols, dtype, device: right(tokens, cols, torch.float16, device),
+    )
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("bucket", [SMALL, SMALL_EXPERTS], ids=str)
+def test_launches_are_run_and_timed(bucket: Bucket) -> None:
+    timer = ByCall()
+    times = DeviceTimes(CPU, FACTS, timer)
+    options = [Option((8, 1, 6), 8), Option((16, 1, 3), 8), Option((8, 1, 6), 4)]
+    assert times(bucket, options) == [(1e-5,) * len(bucket.tokens), (5e-6,) * len(bucket.tokens), (
+        pytest.approx(1e-5 / 3),) * len(bucket.tokens)]  # fmt: skip
+    assert not times.failed
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_options_of_one_launch_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two kinds of blocks, four warps become two and 64 tokens 32."""
+    timer = ByCall()
+    times = DeviceTimes(CPU, FACTS, timer)
+    monkeypatch.setattr(tune_times, "compiled_kinds", lambda kinds: (1, 2))
+    monkeypatch.setattr(times, "_call", lambda *_: lambda: torch.ones(2, 2))
+    monkeypatch.setattr(times, "_unlike_the_first", lambda calls: [""] * len(calls))
+    found = times(
+        SMALL, [Option((8, 1, 6), 8), Option((64, 4, 4), 8), Option((32, 2, 4), 8), Option((32, 4, 4), 8)]
+    )
+    assert timer.sizes == [2, 2] and found[1] == found[2] == found[3] != found[0]
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_an_option_that_gives_other_results_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = DeviceTimes(CPU, FACTS, ByCall())
+    right = times._call
+
+    def call(bucket: Bucket, operand: Any, tokens: int, option: Option) -> Call:
+        made: Any = right(bucket, operand, tokens, option)
+
+        def hole() -> Tensor:
+            """One row of the matrix, with a large scale as every strip has some, is left out."""
+            out: Tensor = made().clone()
+            out[:, out.abs().amax(0).argmax()] = 0
+            return out
+
+        return {16: hole, 4: lambda: made() / 0}.get(option.programs, made)
+
+    monkeypatch.setattr(times, "_call", call)
+    default = Option((8, 1, 6), 8)
+    found = times(SMALL, [default, *(Option((8, 1, 6), programs) for programs in (16, 4, 2))])
+    assert [row is None for row in found] == [False, True, True, False]
+    assert {text.split(" are off")[0] for text in times.failed.values()} == {"results"}
+    assert tune_bucket(SMALL, default, times).new.programs not in (4, 16)
+
+
+class Scripted:
+    """In place of ``DeviceTimes``: what happens at each bucket."""
+
+    def __init__(self, *_: object) -> None:
+        self.failed: dict[str, str] = {}
+
+    def __call__(self, bucket: Bucket, options: Sequence[Option]) -> list[tuple[float, ...] | None]:
+        if (bucket.op, bucket.size, bucket.max_tokens) == (LINEAR, "small", 16):
+            raise RuntimeError("a CUDA error\nmore")
+        if (bucket.op, bucket.size, bucket.max_tokens) == (LINEAR, "large", 128):
+            raise KeyboardInterrupt
+        return [(1.0 if place == 0 else 0.5,) * len(bucket.tokens) for place, _ in enumerate(options)]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(tuner, "DeviceTimes", Scripted)
+    monkeypatch.setattr(tuner, "CudaTimer", lambda *args, **named: FakeTimer())
+    monkeypatch.setattr(tuner, "device_facts", lambda device: H100)
+    monkeypatch.setattr(cli, "_gpu", lambda name, command: CPU)
+    monkeypatch.setattr(tuning, "triton_minor", lambda: "3.6")
+
+
+@pytest.mark.usefixtures("scripted")
+def test_what_was_not_reached_keeps_its_default() -> None:
+    """A size that failed is not taken over by the rule of the next."""
+    found = tune(CPU, SilentProgress())
+    reasons = {str(bucket): why for bucket, _, why in found.left}
+    assert found.interrupted and reasons["linear, small, up to 16 tokens"] == "RuntimeError: a CUDA error"
+    assert (
+        reasons["linear, large, up to 128 tokens"]
+        == reasons["linear, large, up to 512 tokens"]
+        == "interrupted"
+    )
+    assert len(found.outcomes) + len(found.left) == len(ALL_BUCKETS)
+    path = table_path(found.gpu, found.triton)
+    write_table(found, path)
+    rules = tuning.rules_for(found.gpu, found.triton)
+    tuning.rules_for.cache_clear()
+    for bucket, default, _ in found.left:
+        chosen = choose(
+            bucket.op, bucket.max_tokens, bucket.shape.weights, torch.bfloat16, H100, rules
+        ).launch
+        same = None if chosen is None else (chosen.block_m, chosen.num_warps, chosen.num_stages)
+        assert same == default.launch, bucket
+    assert any(outcome.new != outcome.old for outcome in found.outcomes)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_command_writes_what_inspect_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """From `tune` to `inspect --dispatch`, for a GPU that is not here."""
+    assert main(["bench", "tune"]) == 130
+    path = table_path(H100.name, "3.6")
+    assert path.exists() and str(path.name) in capsys.readouterr().out.replace("\n", "")
+    try:
+        assert main(["inspect", "--dispatch", "--gpu", "H100", "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["rules"] == str(path)
+        tuned = choose(
+            LINEAR, 1, DECODE.shape.weights, torch.bfloat16, H100, tuning.read_rules(path)[2]
+        ).launch
+        assert tuned is not None and (tuned.block_m, tuned.num_warps, tuned.num_stages) != (8, 1, 6)
+        (route,) = [
+            route
+            for name, routes in shown["weights"].items()
+            if name.startswith("V3 dense gate_proj")
+            for route in routes
+            if route["first"] == 1
+        ]
+        assert f"{tuned.num_stages} stages, {tuned.programs} programs" in route["launch"]
+    finally:
+        tuning.rules_for.cache_clear()
+
+
+@pytest.mark.usefixtures("scripted")
+def test_no_time_at_all_writes_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tune", "--minutes", "-1"]) == 1
+    assert "nothing was tuned" in capsys.readouterr().err
+    assert not table_path(H100.name, "3.6").exists()

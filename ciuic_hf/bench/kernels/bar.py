@@ -84,7 +84,7 @@ def _worst(
     if not known:
         return BarLine(what, unit, *goals, None)
     value, row = min(known, key=lambda pair: pair[0])
-    return BarLine(what, unit, *goals, value, f"{row.name}, {row.bits:g} bits, {row.tokens} tokens")
+    return BarLine(what, unit, *goals, value, str(row))
 
 
 def _to_best_peer(row: ProductRow) -> float | None:

@@ -1,4 +1,7 @@
-"""The part of the gate that needs memory: parameters of more than 2^31 bytes, where a 32-bit offset would wrap."""
+"""The part of the gate that needs memory: parameters of over 2^31 bytes and results of over 2^31 elements.
+
+There a 32-bit offset would wrap.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ciuic_hf.bench.kernels.gate import Failure, wrong_product
+from ciuic_hf.bench.kernels.checks import wrong_product
+from ciuic_hf.bench.kernels.gate import Failure
 from ciuic_hf.bench.kernels.operands import Operand, activations, operand_of, random_packed
 from ciuic_hf.planning.uniform import codec_ids
 from ciuic_kernels import ops
@@ -18,12 +22,15 @@ from ciuic_kernels.tolerances import exact_product, product_bound
 
 MATRIX = (16448, 131200)
 EXPERTS = (74, 4096, 7168)
+TOKENS, ROUTED = 65_600, 8
+"""Rows of x whose routed results are over 2^31 elements; so are all rows of MATRIX as a table."""
+
 CODEC = "grid8_g64"
 
 
 def needed_nbytes(shape: tuple[int, ...] = EXPERTS) -> int:
     """Device memory that the larger of the two takes, with room to work."""
-    return int(1.25 * torch.Size(shape).numel()) + (1 << 29)
+    return int(1.25 * torch.Size(shape).numel()) + (7 << 30)
 
 
 def check_huge(
@@ -31,12 +38,13 @@ def check_huge(
     dtype: torch.dtype,
     matrix: tuple[int, int] = MATRIX,
     experts: tuple[int, int, int] = EXPERTS,
+    tokens: int = TOKENS,
 ) -> Iterator[Failure]:
     """Every operator on the first and last rows and experts of parameters of over 2^31 bytes."""
     for shape in (matrix, experts):
         operand = operand_of(random_packed(shape, codec_ids(shape[-2:], CODEC), device))
         name = f"{CODEC} of {operand.packed.nbytes / 2**31:.2f} x 2^31 bytes, {str(dtype).removeprefix('torch.')}"
-        found = _experts(operand, dtype) if len(shape) == 3 else _matrix(operand, dtype)
+        found = _experts(operand, dtype, tokens) if len(shape) == 3 else _matrix(operand, dtype)
         yield from (Failure(f"{at}, {name}", what) for at, what in found)
         del operand
 
@@ -59,6 +67,10 @@ def _every_second_row(run: Callable[[], Tensor], first: int) -> Tensor:
     return run()[first::2]
 
 
+def _row(out: Tensor, row: int) -> Tensor:
+    return out[row][None]
+
+
 def _matrix(operand: Operand, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
     rows, cols, strips = operand.rows, operand.cols, operand.packed.grid.strips
     device = operand.packed.arena.device
@@ -76,13 +88,14 @@ def _matrix(operand: Operand, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
     last = range(strips - 1, strips)
     if not torch.equal(operand.matrix().decode(last, dtype), _band(operand, last).to(dtype)):
         yield "dequantize, last strip", "values differ from the reference"
-    ids = torch.arange(rows - 3, rows, device=device)
-    expected = _band(operand, last)[ids - BLOCK_ROWS * (strips - 1)].to(dtype)
-    if not torch.equal(ops.embedding(ids, *operand.stored, rows, cols, dtype), expected):
-        yield "embedding, last rows", "rows differ from the reference"
+    table = ops.embedding(torch.arange(rows, device=device), *operand.stored, rows, cols, dtype)
+    for strip in (0, strips - 1):
+        band = _band(operand, range(strip, strip + 1)).to(dtype)
+        if not torch.equal(table[strip * BLOCK_ROWS :][: band.shape[0]], band):
+            yield f"embedding of all rows, strip {strip}", "rows differ from the reference"
 
 
-def _experts(operand: Operand, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+def _experts(operand: Operand, dtype: torch.dtype, many: int) -> Iterator[tuple[str, str]]:
     grid = operand.packed.grid
     for tokens in (1, 40):
         ids = torch.tensor([[0, grid.matrices - 1]], device=operand.packed.arena.device).expand(tokens, 2)
@@ -93,3 +106,11 @@ def _experts(operand: Operand, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
             bounds = exact_product(x, dense), product_bound(x, dense)
             for what in wrong_product(partial(_every_second_row, run, place), *bounds, dtype):
                 yield f"experts, {tokens} tokens, expert {expert}", what
+    x = activations(many, grid.cols, dtype, operand.packed.arena.device)
+    drawn = torch.arange(many * ROUTED, device=x.device) * 7 % grid.matrices
+    out = ops.expert_linear(x, drawn.view(many, ROUTED), *operand.stored, grid.rows, grid.cols)
+    for pair in (0, many * ROUTED - 1):
+        row, dense = x[pair // ROUTED][None], _band(operand, range(grid.strips), int(drawn[pair]))
+        bounds = exact_product(row, dense), product_bound(row, dense)
+        for what in wrong_product(partial(_row, out, pair), *bounds, dtype):
+            yield f"experts, {many} tokens x {ROUTED}, pair {pair}", what

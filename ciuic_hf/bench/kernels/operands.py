@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,13 @@ class Operand:
 def operand_of(packed: PackedTensor) -> Operand:
     """A parameter with what is derived from it on its device."""
     return Operand(packed, derive(packed.tags, packed.grid, packed.arena.numel()))
+
+
+def together(operands: Sequence[Operand]) -> tuple[list[Tensor] | list[int], ...]:
+    """What ``ciuic::linears`` takes of several parameters, from the arenas to the number of kinds."""
+    arenas, tags, offsets, works, kinds = zip(*(o.stored for o in operands), strict=True)
+    tensors = (list(arenas), list(tags), list(offsets), list(works))
+    return *tensors, [kind for own in kinds for kind in own], [len(own) for own in kinds]
 
 
 def random_packed(shape: tuple[int, ...], ids: Tensor, device: torch.device, seed: int = 0) -> PackedTensor:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 Product = Callable[[Tensor], Tensor]
 GROUP = 64
+MOST_OFF = 0.3
+"""Four bits leave about a tenth of Gaussian weights as error."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,28 @@ def _bitsandbytes(weight: Tensor) -> Product:
     return lambda x: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
 
 
+def _asymmetric(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 ``[N, K]``, scale and lowest value float32 ``[N, K / GROUP]``: ``w = low + scale * code``."""
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / 15).clamp_min(1e-8)
+    codes = ((groups - low[..., None]) / scales[..., None]).round().clamp(0, 15)
+    return codes.to(torch.uint8).flatten(1), scales, low
+
+
+def _tinygemm(weight: Tensor) -> Product:
+    """The int4 product that comes with torch."""
+    codes, scales, low = _asymmetric(weight)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    pairs = torch.stack([scales, low + 8 * scales], -1).transpose(0, 1).contiguous().to(torch.bfloat16)
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, pairs)
+
+
 def _gemlite(weight: Tensor) -> Product:
     from gemlite.core import DType, GemLiteLinearTriton  # type: ignore[import-not-found,unused-ignore]
 
     rows, cols = weight.shape
-    groups = weight.float().reshape(-1, GROUP)
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    scales = ((high - low) / 15).clamp_min(1e-8)
-    zeros = -low / scales
-    codes = (groups / scales + zeros).round().clamp(0, 15).to(torch.uint8).reshape(rows, cols)
+    codes, scales, low = _asymmetric(weight)
     layer = GemLiteLinearTriton(
         4,
         group_size=GROUP,
@@ -65,7 +80,8 @@ def _gemlite(weight: Tensor) -> Product:
         input_dtype=DType.BF16,
         output_dtype=DType.BF16,
     )
-    layer.pack(codes, scales.to(torch.bfloat16), zeros.to(torch.bfloat16), bias=None)
+    columns = [part.reshape(-1, 1).to(torch.bfloat16) for part in (scales, -low / scales)]
+    layer.pack(codes, *columns, bias=None)
     product: Product = layer
     return product
 
@@ -81,7 +97,19 @@ def _torchao(weight: Tensor) -> Product:
     return lambda x: model(x)
 
 
+def prepared(peer: Peer, weight: Tensor) -> Product:
+    """A peer's product, after a look at whether it is one. Raises ValueError when not, and what the peer raises."""
+    product = peer.prepare(weight)
+    x = torch.linspace(-1, 1, 4 * weight.shape[1], device=weight.device).view(4, -1).sin().to(weight.dtype)
+    exact = cublas(weight)(x).float()
+    error = float((product(x).float() - exact).norm() / exact.norm())
+    if not error < MOST_OFF:
+        raise ValueError(f"its product is off by {error:.0%}, so it is not timed")
+    return product
+
+
 PEERS = (
+    Peer("torch int4", "torch", _tinygemm),
     Peer("bitsandbytes NF4", "bitsandbytes", _bitsandbytes),
     Peer("gemlite int4", "gemlite", _gemlite),
     Peer("torchao int4", "torchao", _torchao),

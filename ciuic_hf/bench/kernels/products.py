@@ -9,10 +9,12 @@ from functools import partial
 import torch
 
 from ciuic_hf.bench.kernels.operands import Operand, activations, random_operand, random_weight, routing
-from ciuic_hf.bench.kernels.peers import PEERS, Peer, Product, cublas
+from ciuic_hf.bench.kernels.peers import PEERS, Peer, Product, cublas, prepared
 from ciuic_hf.bench.kernels.shapes import WeightShape
-from ciuic_hf.bench.kernels.timing import Call, Timer
+from ciuic_hf.bench.kernels.timing import Call, Timer, said_by
+from ciuic_hf.bench.kernels.workers import processors
 from ciuic_kernels import ops
+from ciuic_kernels.dispatch import use_triton
 
 CUBLAS = "cuBLAS bf16"
 
@@ -64,6 +66,9 @@ class ProductRow:
     peers: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"{self.name}, {self.bits:g} bits, {self.tokens} tokens"
+
     @property
     def bandwidth(self) -> float | None:
         """Stored bytes per second."""
@@ -93,11 +98,13 @@ def measure_shape(
     errors: dict[str, str] = {}
     for peer in peers if not shape.experts else ():
         try:
-            others[peer.name] = peer.prepare(dense)
+            others[peer.name] = prepared(peer, dense)
         except Exception as error:
-            errors[peer.name] = f"{type(error).__name__}: {error}"
+            errors[peer.name] = said_by(error)
     for form in formats:
         operand = random_operand(shape, form.setting, device)
+        if use_triton(device):
+            _compile(shape, operand, tokens, device)
         for count in tokens:
             x = activations(count, shape.cols, torch.bfloat16, device)
             if shape.experts:
@@ -115,6 +122,20 @@ def measure_shape(
             )  # fmt: skip
             _fill(row, ours, theirs, timer)
             yield row
+
+
+def _compile(shape: WeightShape, operand: Operand, tokens: Sequence[int], device: torch.device) -> None:
+    """Compile side by side what the products will start; nothing is computed."""
+    from ciuic_kernels.triton._launch import compiling  # imports Triton
+
+    with compiling(processors()), torch.inference_mode():
+        for count in tokens:
+            x = activations(count, shape.cols, torch.bfloat16, device)
+            if shape.experts:
+                ids = routing(count, shape, device)
+                ops.expert_linear(x, ids, *operand.stored, shape.rows, shape.cols)
+            else:
+                ops.linear(x, *operand.stored, None, shape.rows, shape.cols)
 
 
 def _fill(row: ProductRow, ours: Call, theirs: dict[str, Call], timer: Timer) -> None:

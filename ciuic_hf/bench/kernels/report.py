@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ciuic_hf.bench.kernels.end_to_end import FillRow
 from ciuic_hf.bench.kernels.products import CUBLAS, ProductRow
 from ciuic_hf.bench.kernels.result import Result
 
@@ -24,20 +25,27 @@ def report(result: Result) -> Iterator[RenderableType]:
         return
     ceilings = result.ceilings
     yield Text(
-        f"copy {ceilings.copy_bandwidth / 1e9:.0f} GB/s, dense bf16 {ceilings.dense_rate / 1e12:.0f} TFLOP/s, measured"
+        f"copy {ceilings.copy_bandwidth / 1e9:.0f} GB/s, dense bf16 {ceilings.dense_rate / 1e12:.0f} TFLOP/s, "
+        f"measured; {1e6 * ceilings.empty:.1f} us of every time are the start of a graph"
     )
     yield from _products(result)
+    if result.others:
+        yield _others(result)
     if result.generated:
         yield _generation(result)
+    for fill in result.fills:
+        yield _fill(fill)
     yield _bar(result)
     if result.not_measured:
         yield Text("Not measured:\n" + "\n".join(f"  {what}" for what in result.not_measured))
-    yield Text(f"{result.seconds:.0f} seconds in all")
+    yield Text(f"{result.seconds:.0f} seconds in all, {result.state}")
 
 
 def _gate(result: Result) -> Text:
+    if not result.cases:
+        return Text(f"gate: not run; {result.state}", style="red")
     if result.green:
-        return Text(f"gate: {result.cases} cases right, against float64, in bf16 and fp16", style="green")
+        return Text(f"gate: {result.cases} cases right, against float64", style="green")
     lines = [f"gate: RED, {len(result.failures)} failures in {result.cases} cases; no speed is measured"]
     lines += [f"  {failure.case}: {failure.what}" for failure in result.failures[:SHOWN_FAILURES]]
     more = len(result.failures) - SHOWN_FAILURES
@@ -85,6 +93,34 @@ def _cells(result: Result, row: ProductRow, peers: list[str]) -> list[str]:
     ]
 
 
+def _others(result: Result) -> Table:
+    shown = Table(title="attention, siblings, dequantize", box=box.ROUNDED)
+    for heading in ("what", "bits", "tokens", "us", "of copy", "faster than"):
+        left = heading in ("what", "faster than")
+        shown.add_column(heading, justify="left" if left else "right")
+    for row in result.others:
+        name, share = f"{row.kind}, {row.name}", result.share(row)
+        if row.seconds is None or share is None:
+            shown.add_row(name, f"{row.bits:g}", str(row.tokens), row.errors.get("ciuic", ""))
+            continue
+        ratios = ", ".join(f"{seconds / row.seconds:.2f}x {peer}" for peer, seconds in row.peers.items())
+        shown.add_row(
+            name, f"{row.bits:g}", str(row.tokens), f"{1e6 * row.seconds:.1f}", f"{share:.0%}", ratios
+        )
+    return shown
+
+
+def _fill(fill: FillRow) -> Text:
+    if fill.ratio is None or fill.peak_nbytes is None:
+        return Text(f"memory: not measured: {fill.error}")
+    peak, predicted = fill.peak_nbytes / 2**30, fill.predicted_nbytes / 2**30
+    return Text(
+        f"memory: {fill.tokens} tokens in sequences of {fill.context} took {peak:.2f} GiB of {predicted:.2f} GiB "
+        f"planned, {fill.ratio:.1%}; the promise is 97 % to 100 %",
+        style="green" if 0.97 <= fill.ratio <= 1 else "yellow",
+    )
+
+
 def _generation(result: Result) -> Table:
     title = "generate, random weights in the sizes of DeepSeek-V2-Lite, static cache"
     shown = Table(title=title, box=box.ROUNDED)
@@ -94,6 +130,7 @@ def _generation(result: Result) -> Table:
     dense = {(r.batch, r.graphs): r.tokens_per_second for r in rows if r.model == "bf16"}
     for row in rows:
         base, graphs = dense.get((row.batch, row.graphs)), "on" if row.graphs else "off"
+        graphs += f", {row.skipped} skipped" if row.skipped else ""
         if row.tokens_per_second is None:
             shown.add_row(str(row.batch), graphs, row.model, row.error)
             continue
