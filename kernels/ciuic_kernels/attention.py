@@ -99,7 +99,7 @@ def _refusal(shape: AttentionShape, dtype: torch.dtype) -> str:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"queries are {str(dtype).removeprefix('torch.')}, which the fused kernel does not take"
     if shape.queries > MAX_QUERIES:
-        return f"{shape.queries} new tokens, the fused kernel is for up to {MAX_QUERIES}"
+        return f"the fused kernel is for up to {MAX_QUERIES} new tokens"
     most, widest = LATENT_WIDTH if shape.latent else HEAD_WIDTH, max(shape.key_width, shape.value_width)
     if widest > most:
         return f"{'latents' if shape.latent else 'heads'} of {widest}, the fused kernel is for up to {most}"

@@ -29,6 +29,8 @@ from ciuic_kernels.triton._launch import start
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+CHANGING = ("heads", "rows", "queries", "all_rows", "splits", "mask_b", "mask_q")
+"""Arguments that differ from step to step, or between models: a kernel does not depend on which number they are."""
 
 
 @triton.jit
@@ -112,7 +114,7 @@ def load_queries(query, first, row, rows, WIDTH: tl.constexpr, D: tl.constexpr):
     return tl.load(at, mask=(row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def heads_kernel(
     query,
     addresses,
@@ -183,7 +185,7 @@ def heads_kernel(
     store_part(out, lse, sums, top, total, tl.program_id(0), head * rows, row, rows, all_rows, VALUE_WIDTH, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def latents_kernel(
     query,
     query_rope,
@@ -250,7 +252,7 @@ def latents_kernel(
     store_part(out, lse, sums, top, total, tl.program_id(0), batch * rows, row, rows, all_rows, KEY_WIDTH, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def merge_kernel(parts, part_lse, out, lse, all_rows, splits, WIDTH: tl.constexpr, E: tl.constexpr):
     """One row: partial means weighted by their sums, in order."""
     row = tl.program_id(0).to(tl.int64)
