@@ -64,7 +64,7 @@ def test_dispatch_shows_attention_to_a_compressed_cache(
     ] == MAX_QUERIES
     assert (last["kernel"], last["first"]) == ("torch tiles", MAX_QUERIES + 1)
     assert main(command) == 0
-    assert "cache at 4 bits" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "torch tiles" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["nothing here", "an empty folder", "not compressed"])

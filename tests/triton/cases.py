@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ciuic_hf.planning.cache_formats import CACHE_BITS
+from ciuic_kernels.attention import LATENT_TILES
 from ciuic_kernels.codecs.grid import GRIDS, PLANES
 from ciuic_kernels.work import ANY, ANY_SPARSE, ROUTED_SLOTS
 
@@ -35,8 +36,8 @@ MIXTURE = (WEIGHTS[4], HEAVIEST, ANY)
 EVERY = (*ALL_KINDS, ANY)
 """What a matrix of two grids, or of more, is compiled for when it has edges (``work.compiled_kinds``)."""
 
-ATTENTION = {"attend_heads": (16, 4, 3), "attend_latents": (16, 4, 2)}
-"""The launches that ``ciuic_kernels.attention`` chooses."""
+HEADS = (16, 4, 3)
+"""The launch that ``ciuic_kernels.attention`` chooses for heads."""
 
 _NAMES = {codec.id: codec.name for codec in GRIDS.values()} | {ANY: "any", ANY_SPARSE: "sparse"}
 
@@ -126,13 +127,17 @@ def sibling_cases() -> list[Case]:
 def attention_cases(arches: tuple[int, ...]) -> list[Case]:
     """Heads of 128 and DeepSeek-V3's latents: at 4 bits; on sm_90 at all, with a mask, and in float16."""
     cases = []
+    latents = [(queries, warps, stages) for queries, _, warps, stages in LATENT_TILES]
     for arch in arches:
-        for kernel, launch in ATTENTION.items():
-            cases += [Case(kernel, arch, "bf16", (4,), launch)]
+        for kernel, launches in (("attend_heads", [HEADS]), ("attend_latents", latents)):
+            cases += [Case(kernel, arch, "bf16", (4,), launch) for launch in launches]
             if arch == 90:
-                cases += [Case(kernel, arch, "bf16", (bits,), launch) for bits in CACHE_BITS if bits != 4]
-                cases += [Case(kernel, arch, "bf16", (4,), launch, masked=True)]
-                cases += [Case(kernel, arch, "fp16", (4,), launch)]
+                cases += [
+                    Case(kernel, arch, "bf16", (bits,), launches[0]) for bits in CACHE_BITS if bits != 4
+                ]
+                cases += [Case(kernel, arch, "bf16", (4,), launches[0], masked=True)]
+                cases += [Case(kernel, arch, "fp16", (4,), launches[0])]
+                cases += [Case(kernel, arch, "bf16", (8,), launch) for launch in launches[1:]]
     return cases
 
 

@@ -21,7 +21,7 @@ from ciuic_kernels.triton._cache import (
     load_channels,
     load_tokens,
     planes_of,
-    scaled,
+    settled,
     shifted,
 )
 from ciuic_kernels.triton._launch import start
@@ -164,6 +164,7 @@ def heads_kernel(
             addresses, page, head, channel, tile, tokens, capacity, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH, T,
             DTYPE, PLAIN,
         )  # fmt: skip
+        codes = settled(codes, PLAIN)
         factor, middle = tl.reshape(factor, (D,)), tl.reshape(middle, (D,))
         scores = tl.dot((q * factor[None, :]).to(DTYPE), codes)
         scores = (scores + tl.sum(q * middle[None, :], 1)[:, None]) * (scale * LOG2_E)
@@ -175,12 +176,10 @@ def heads_kernel(
         weights, fade, top, total = softmax_step(scores, top, total)
         values, scales = load_tokens(
             addresses, page, head, token, tokens, capacity, read, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP, VALUE_WIDTH,
-            E, DTYPE, PLAIN,
+            E, GROUPS > 1, DTYPE, PLAIN,
         )  # fmt: skip
         if GROUPS == 1:
             weights = weights * tl.reshape(scales, (1, T))
-        else:
-            values = scaled(values, scales, DTYPE)
         sums = tl.dot(weights.to(DTYPE), values, sums * fade[:, None])
     store_part(out, lse, sums, top, total, tl.program_id(0), head * rows, row, rows, all_rows, VALUE_WIDTH, E)
 
@@ -235,16 +234,15 @@ def latents_kernel(
         seen, read = tokens_seen(
             mask, batch, row % queries, token, tokens, position, mask_b, mask_q, mask_t, T, HAS_MASK
         )
-        levels, scales = load_tokens(
-            addresses, page, batch, token, tokens, capacity, read, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH, D,
+        latents, _ = load_tokens(
+            addresses, page, batch, token, tokens, capacity, read, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH, D, True,
             DTYPE, PLAIN,
         )  # fmt: skip
-        latents = scaled(levels, scales, DTYPE)
         codes, factor, middle = load_channels(
             addresses, page, batch, channel, tile, tokens, capacity, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP,
             VALUE_WIDTH, T, DTYPE, PLAIN,
         )  # fmt: skip
-        scores = tl.dot(q_rope, shifted(codes, factor, middle, DTYPE))
+        scores = tl.dot(q_rope, shifted(codes, factor, middle, DTYPE, PLAIN))
         scores = tl.dot(q, tl.trans(latents), scores) * (scale * LOG2_E)
         scores = tl.where(seen, scores, float("-inf"))
         weights, fade, top, total = softmax_step(scores, top, total)
