@@ -114,7 +114,7 @@ def _refusal(shape: AttentionShape, dtype: torch.dtype) -> str:
     return ""
 
 
-LATENT_TILES = ((16, 32, 4, 3), (32, 32, 8, 3))
+LATENT_TILES = ((16, 32, 4, 2), (32, 32, 8, 2))
 """Queries, tokens, warps and stages of what a launch for latents is chosen from. Queries of a tile share what is
 decoded; more than 32 leave too few registers, as their sums are 512 wide (docs/adr/025)."""
 
