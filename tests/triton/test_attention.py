@@ -88,11 +88,15 @@ def test_latents(bits: int, dtype: torch.dtype) -> None:
 )
 def test_latents_in_tiles_of_more_queries(bits: int, block_m: int, block_t: int) -> None:
     """More queries than a tile, and fewer; a page ends in the middle of a tile of tokens."""
-    pages = pages_of(bits, True, [(128, 128), (71, 128)], heads=1, widths=(40, 24))
+    pages = pages_of(bits, True, [(71, 128)], heads=1, widths=(40, 24), batch=1)
     for heads in (35, 3):
-        rope = torch.randn(2, heads, 2, 24)
-        query = torch.randn(2, heads, 2, 40)
-        check(query, rope, pages, splits=2, block_m=block_m, block_t=block_t)
+        check(
+            torch.randn(1, heads, 1, 40),
+            torch.randn(1, heads, 1, 24),
+            pages,
+            block_m=block_m,
+            block_t=block_t,
+        )
 
 
 @pytest.mark.parametrize(("heads", "group", "new"), [(3, 1, 1), (1, 7, 1), (1, 7, 8)])
