@@ -141,6 +141,15 @@ def attention_cases(arches: tuple[int, ...]) -> list[Case]:
     return cases
 
 
+def end_attention_cases() -> list[Case]:
+    """What of these the first and the last supported Triton compile: every launch, at 4 bits, on sm_90."""
+    return [
+        case
+        for case in attention_cases((90,))
+        if case.kinds == (4,) and case.dtype == "bf16" and not case.masked
+    ]
+
+
 def fast_cases() -> list[Case]:
     """For every change: products, and attention on sm_90."""
     return [*_fast_products(), *attention_cases((90,))]
@@ -169,6 +178,7 @@ def end_cases() -> list[Case]:
     cases += [Case("linear", arch, "bf16", MIXTURE) for arch in ARCHES]
     cases += [Case("linear", 90, "bf16", EVERY)]
     cases += [case for arch in ARCHES for case in _others(arch)]
+    cases += end_attention_cases()
     return list(dict.fromkeys(cases))
 
 
