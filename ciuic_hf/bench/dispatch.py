@@ -1,9 +1,9 @@
-"""Which kernel serves which weight at how many tokens, and why: what ``ciuic inspect --dispatch`` shows."""
+"""Which kernel serves weights and attention at how many tokens, and why: what ``ciuic inspect --dispatch`` shows."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,17 @@ from ciuic_hf.bench.kernels.shapes import WeightShape
 from ciuic_hf.checkpoint import read_config
 from ciuic_hf.inspection import inspect_checkpoint
 from ciuic_hf.modules.siblings import families
+from ciuic_hf.planning.cache_formats import check_cache_bits
+from ciuic_hf.runtime.cache.rehearsal import CachedAttention
+from ciuic_kernels.attention import MAX_QUERIES, choose_attention
 from ciuic_kernels.device import DeviceFacts
 from ciuic_kernels.format import BLOCK_COLS, BLOCK_ROWS, ceil_div
 from ciuic_kernels.selection import EXPERTS, SHARED_BLOCK_M, Choice, Rule, choose
 from ciuic_kernels.work import ROUTED_SLOTS
 
 MAX_TOKENS = 8192
+CONTEXT = 32768
+"""Tokens that are cached where attention is shown."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,46 @@ def routes(
     shape: WeightShape, facts: DeviceFacts, rules: Sequence[Rule], dtype: torch.dtype = torch.bfloat16
 ) -> list[Route]:
     """What runs at 1 to 8192 tokens, neighbours with the same answer joined."""
-    found: list[Route] = []
-    for tokens in range(1, MAX_TOKENS + 1):
+
+    def told(tokens: int) -> tuple[str, str, str]:
         pairs = tokens * shape.routed
         rows = ceil_div(pairs, shape.experts) if shape.experts else tokens
         choice = choose(shape.op, rows, shape.weights, dtype, facts, rules)
-        told = (_kernel(shape, choice, pairs), _launch(shape, choice), choice.reason)
-        if found and (found[-1].kernel, found[-1].launch, found[-1].reason) == told:
-            found[-1] = Route(found[-1].first, tokens, *told)
+        return _kernel(shape, choice, pairs), _launch(shape, choice), choice.reason
+
+    return _joined(told, MAX_TOKENS)
+
+
+def attention_routes(
+    attention: CachedAttention, facts: DeviceFacts, dtype: torch.dtype = torch.bfloat16
+) -> list[Route]:
+    """What attends to ``CONTEXT`` packed tokens of one sequence, by the number of new tokens."""
+    kernel = "attention.latents" if attention.sizes.latent else "attention.heads"
+
+    def told(tokens: int) -> tuple[str, str, str]:
+        choice = choose_attention(attention.shape(tokens, CONTEXT), dtype, facts)
+        if choice.launch is None:
+            return "torch tiles", "", choice.reason
+        launch = choice.launch
+        return (
+            kernel,
+            f"{launch.block_m} queries x {launch.block_t} tokens, {launch.num_warps} warps, "
+            f"{launch.num_stages} stages, {launch.splits} splits",
+            f"up to {MAX_QUERIES} new tokens attend to packed bytes in place",
+        )
+
+    return _joined(told, MAX_TOKENS)
+
+
+def _joined(told: Callable[[int], tuple[str, str, str]], most: int) -> list[Route]:
+    """Kernel, launch and reason of 1 to ``most`` tokens, neighbours with the same answer joined."""
+    found: list[Route] = []
+    for tokens in range(1, most + 1):
+        answer = told(tokens)
+        if found and (found[-1].kernel, found[-1].launch, found[-1].reason) == answer:
+            found[-1] = Route(found[-1].first, tokens, *answer)
         else:
-            found.append(Route(tokens, tokens, *told))
+            found.append(Route(tokens, tokens, *answer))
     return found
 
 
@@ -97,6 +132,26 @@ def checkpoint_shapes(directory: Path) -> list[WeightShape]:
     return list(found.values())
 
 
+def checkpoint_attention(directory: Path) -> CachedAttention | None:
+    """Attention to the compressed cache that the checkpoint was saved with, None without ``cache_bits``."""
+    config = read_config(directory)
+    bits = (config.get("quantization_config") or {}).get("cache_bits")
+    if bits is None:
+        return None
+    return CachedAttention.of({**config, **(config.get("text_config") or {})}, check_cache_bits(bits))
+
+
+def attention_label(attention: CachedAttention) -> str:
+    """Such as ``attention, 128 heads, latents of 512 + 64, cache at 4 bits``."""
+    sizes = attention.sizes
+    what = (
+        f"latents of {sizes.key_width} + {sizes.value_width}"
+        if sizes.latent
+        else f"{sizes.heads} cached heads of {sizes.key_width}"
+    )
+    return f"attention, {attention.heads} heads, {what}, cache at {attention.bits} bits, {CONTEXT} tokens"
+
+
 def _value(config: dict[str, Any], key: str) -> Any:
     """A key of config.json, or of the text part of a multimodal one."""
     return config.get(key, (config.get("text_config") or {}).get(key))
@@ -121,12 +176,14 @@ def dispatch_table(
     rules: Sequence[Rule],
     source: str,
     groups: Sequence[str] = (),
+    attention: CachedAttention | None = None,
 ) -> Table:
     """One line for each shape and range of tokens.
 
     Args:
         source: where the rules come from.
         groups: linears that are tried in one launch.
+        attention: shown last, to a compressed cache.
     """
     title = f"{facts.name or facts.kind}, bfloat16, rules: {source}"
     caption = (
@@ -137,9 +194,11 @@ def dispatch_table(
     shown = Table(title=title, caption=caption, box=box.ROUNDED)
     for heading in ("weight", "tokens", "kernel", "launch", "why"):
         shown.add_column(heading, justify="right" if heading == "tokens" else "left", overflow="fold")
-    for shape in shapes:
-        for place, route in enumerate(routes(shape, facts, rules)):
-            name = label(shape) if place == 0 else ""
-            shown.add_row(name, route.tokens, route.kernel, route.launch, route.reason)
+    named = [(label(shape), routes(shape, facts, rules)) for shape in shapes]
+    if attention is not None:
+        named.append((attention_label(attention), attention_routes(attention, facts)))
+    for name, found in named:
+        for place, route in enumerate(found):
+            shown.add_row(name if place == 0 else "", route.tokens, route.kernel, route.launch, route.reason)
         shown.add_section()
     return shown

@@ -47,7 +47,8 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--dispatch",
         action="store_true",
-        help="which kernel runs for each weight and number of tokens, and why; without PATH for DeepSeek's shapes",
+        help="which kernel runs for each weight, and attention to a compressed cache, at how many tokens, and why; "
+        "without PATH for DeepSeek's shapes",
     )
     where = command.add_mutually_exclusive_group()
     where.add_argument("--gpu", help=f"of --dispatch: {', '.join(GPUS)}; the GPU need not be here")
@@ -156,7 +157,16 @@ def _say_where(console: Console, png: Path | None) -> None:
 
 
 def _show_dispatch(arguments: argparse.Namespace) -> None:
-    from ciuic_hf.bench.dispatch import checkpoint_groups, checkpoint_shapes, dispatch_table, label, routes
+    from ciuic_hf.bench.dispatch import (
+        attention_label,
+        attention_routes,
+        checkpoint_attention,
+        checkpoint_groups,
+        checkpoint_shapes,
+        dispatch_table,
+        label,
+        routes,
+    )
     from ciuic_hf.bench.kernels.shapes import STANDARD
 
     facts = _facts(arguments.gpu, arguments.device)
@@ -167,12 +177,17 @@ def _show_dispatch(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise CiuicError(str(error)) from None
     source = str(table) if table else "defaults, no table of this GPU"
+    attention = checkpoint_attention(arguments.path) if arguments.path else None
     if arguments.json:
         by_shape = {label(shape): [vars(route) for route in routes(shape, facts, rules)] for shape in shapes}
-        print(json.dumps({"gpu": facts.name, "rules": source, "weights": by_shape}, indent=2))
+        shown = {"gpu": facts.name, "rules": source, "weights": by_shape}
+        if attention is not None:
+            found = attention_routes(attention, facts)
+            shown["attention"] = {attention_label(attention): [vars(route) for route in found]}
+        print(json.dumps(shown, indent=2))
     else:
         groups = checkpoint_groups(arguments.path) if arguments.path else []
-        Console().print(dispatch_table(shapes, facts, rules, source, groups))
+        Console().print(dispatch_table(shapes, facts, rules, source, groups, attention))
 
 
 def _facts(gpu: str | None, device: str | None) -> DeviceFacts:

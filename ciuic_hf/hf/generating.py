@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from ciuic_hf.errors import CiuicError
-from ciuic_hf.hf import attention
+from ciuic_hf.hf import attention, prefill
 from ciuic_hf.hf.cache import CiuicCache
 from ciuic_hf.hf.cache_name import cache_name
 from ciuic_hf.hf.config import CiuicConfig
@@ -33,11 +33,12 @@ def cache_bits(model: Any) -> int | None:
 
 
 def install() -> None:
-    """Register the attention and wrap ``_prepare_cache_for_generation``, once."""
+    """Register the attention and wrap ``_prepare_cache_for_generation`` and ``_prefill``, once."""
     original = GenerationMixin._prepare_cache_for_generation
     if getattr(original, "wrapped_by_ciuic", False):
         return
     attention.install()
+    prefill.install()
     name = cache_name()
 
     @wraps(original)

@@ -1,8 +1,10 @@
 """Prompts in pieces: which models take them, and ``generate`` doing it.
 
 transformers feeds a prompt in pieces of ``generation_config.prefill_chunk_size``. That is set on a model that Ciuic
-loads with ``prefill_chunk``; and ``GenerationMixin._prefill`` is wrapped then, for what transformers refuses or leaves
-out: a call without a cache and one with images or sound go in at once, and embeddings go in in pieces too.
+loads with ``prefill_chunk``; and ``GenerationMixin._prefill`` is wrapped, for what transformers refuses or leaves
+out: a call without a cache and one with images or sound go in at once, and embeddings go in in pieces too. Pieces into
+a CiuicCache of fixed length run as they are, whoever asked for pieces: transformers would compile them, and with them
+the allocation of the cache, whose pages no kernel could be told the addresses of then.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def set_prefill_chunk(model: Any, config: CiuicConfig) -> None:
 
 
 def install() -> None:
-    """Wrap ``_prefill``, once. Models without a ``prefill_chunk`` of Ciuic's run as before."""
+    """Wrap ``_prefill``, once. Models without a ``prefill_chunk`` of Ciuic's, or a CiuicCache, run as before."""
     from transformers.generation.utils import GenerationMixin
 
     original = GenerationMixin._prefill
@@ -107,6 +109,9 @@ def install() -> None:
                 generation_config.prefill_chunk_size = None
             if cache is not None and embeds is not None:
                 _feed(self, embeds, chunk, model_kwargs)
+        if generation_config.prefill_chunk_size is not None and _is_static(model_kwargs.get(cache_name())):
+            generation_config = copy.copy(generation_config)
+            generation_config.disable_compile = True
         return original(self, input_ids, generation_config, model_kwargs, is_first_iteration)
 
     prefill.wrapped_by_ciuic = True  # type: ignore[attr-defined]
@@ -117,6 +122,13 @@ def _chunk_of(model: Any) -> int | None:
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     chunk = config.prefill_chunk if isinstance(config, CiuicConfig) else None
     return chunk if isinstance(chunk, int) else None
+
+
+def _is_static(cache: Any) -> bool:
+    """Whether it is a CiuicCache of fixed length."""
+    from ciuic_hf.hf.static_cache import CiuicStaticLayer
+
+    return any(isinstance(layer, CiuicStaticLayer) for layer in getattr(cache, "layers", ()))
 
 
 def _is_short(input_ids: Any, chunk: int, cache: Any, model_kwargs: dict[str, Any]) -> bool:

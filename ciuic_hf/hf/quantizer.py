@@ -39,6 +39,7 @@ from ciuic_hf.modules.swap import compressed_modules, restore_dense, swap_in
 from ciuic_hf.planning.moments import InputMoments
 from ciuic_hf.planning.plan import ModelPlan
 from ciuic_hf.planning.prefill_chunk import NONE
+from ciuic_hf.runtime.cache.rehearsal import CachedAttention
 from ciuic_kernels.dispatch import use_triton
 
 
@@ -258,12 +259,22 @@ class CiuicQuantizer(HfQuantizer):
             return
         started = time.perf_counter()
         routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
-        count = compile_kernels(modules, model.dtype, routed)
+        count = compile_kernels(modules, model.dtype, routed, attention=self._cached_attention(model))
         if logging.is_progress_bar_enabled():
             seconds = time.perf_counter() - started
             Console(stderr=True).print(
                 f"{count} GPU kernels compiled, or found in Triton's cache, in {seconds:.1f} s"
             )
+
+    def _cached_attention(self, model: Any) -> CachedAttention | None:
+        """Attention to the cache of ``cache_bits``; that of a model that cannot be sized is compiled when used."""
+        bits, text = self.quantization_config.cache_bits, model.config.get_text_config(decoder=True)
+        if bits is None:
+            return None
+        try:
+            return CachedAttention.of(text.to_dict(), bits)
+        except CiuicError:
+            return None
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if any(p.device.type == "meta" for p in model.parameters()):

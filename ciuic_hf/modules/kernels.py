@@ -12,6 +12,7 @@ from ciuic_hf.modules.experts import CiuicExperts
 from ciuic_hf.modules.linear import CiuicLinear
 from ciuic_hf.modules.packed import PackedModule
 from ciuic_hf.modules.siblings import multiply
+from ciuic_hf.runtime.cache.rehearsal import CachedAttention
 from ciuic_kernels.device import device_facts
 from ciuic_kernels.selection import EXPERTS, LINEAR, SHARED_BLOCK_M
 from ciuic_kernels.tuning import rules_for, triton_minor
@@ -22,9 +23,15 @@ MOST_TOKENS = 512
 
 
 def compile_kernels(
-    modules: Iterable[PackedModule], dtype: torch.dtype, routed: int, workers: int | None = None
+    modules: Iterable[PackedModule],
+    dtype: torch.dtype,
+    routed: int,
+    workers: int | None = None,
+    attention: CachedAttention | None = None,
 ) -> int:
     """Compile what the products of these modules start at up to ``MOST_TOKENS`` tokens; no product is computed.
+
+    With a compressed cache, also what attention of one new token to it starts on any of their devices.
 
     Modules that need the same kernels are rehearsed once, and so are linears that share launches. Kernels of earlier
     runs come from Triton's cache.
@@ -34,6 +41,7 @@ def compile_kernels(
         dtype: of the activations, float16 or bfloat16.
         routed: experts of a token.
         workers: kernels compiled at a time; as many as this process has processors by default.
+        attention: to the compressed cache that the model will have, None without one.
 
     Returns:
         how many different kernels there were.
@@ -46,6 +54,9 @@ def compile_kernels(
     distinct = {_needs(module): module for module in modules}
     groups = {tuple(map(_needs, group)): group for group in _groups(modules)}
     with compiling(workers) as compiled, torch.no_grad():
+        if attention is not None:
+            for device in {_device(module) for module in modules}:
+                attention.rehearse(dtype, device)
         for module in distinct.values():
             for tokens in _tokens(module, routed):
                 _rehearse(module, tokens, dtype, routed)

@@ -12,7 +12,8 @@ from ciuic_kernels.format import ceil_div
 MAX_QUERIES = 8
 """New tokens up to which a step is decoding: more are attended to tile by tile, where a GEMM pays."""
 
-PROGRAMS_PER_PROCESSOR = 4
+WARPS_PER_PROCESSOR = 16
+"""What a launch fills a multiprocessor with, twice what its registers hold at a time."""
 MAX_SPLITS = 128
 HEAD_WIDTH, LATENT_WIDTH = 128, 512
 """Largest width of a key or value, and of a latent."""
@@ -99,30 +100,35 @@ def _refusal(shape: AttentionShape, dtype: torch.dtype) -> str:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"queries are {str(dtype).removeprefix('torch.')}, which the fused kernel does not take"
     if shape.queries > MAX_QUERIES:
-        return f"{shape.queries} new tokens, the fused kernel is for up to {MAX_QUERIES}"
+        return f"the fused kernel is for up to {MAX_QUERIES} new tokens"
     most, widest = LATENT_WIDTH if shape.latent else HEAD_WIDTH, max(shape.key_width, shape.value_width)
     if widest > most:
         return f"{'latents' if shape.latent else 'heads'} of {widest}, the fused kernel is for up to {most}"
     channels, tokens = shape.value_group, shape.key_group
     if shape.latent:
         channels, tokens = tokens, channels
-    if channels != power_of_two(channels):
-        return f"groups of {channels} channels, the fused kernel is for powers of two"
+    if channels != power_of_two(channels) or channels < 8:
+        return f"groups of {channels} channels, the fused kernel is for powers of two from 8 up"
     if tokens % 16 or (not shape.latent and tokens % 32):
         return f"groups of {tokens} tokens, the fused kernel is for multiples of {16 if shape.latent else 32}"
     return ""
 
 
+LATENT_TILES = ((16, 32, 4, 2), (32, 32, 8, 2))
+"""Queries, tokens, warps and stages of what a launch for latents is chosen from. Queries of a tile share what is
+decoded; more than 32 leave too few registers, as their sums are 512 wide (docs/adr/025)."""
+
+
 def launch_of(shape: AttentionShape, processors: int) -> AttentionLaunch:
     """The launch of a shape that the kernel serves."""
     if shape.latent:
-        block_t, warps, stages = 32, 4, 2
+        fitting = (tile for tile in LATENT_TILES if tile[0] >= shape.rows)
+        block_m, block_t, warps, stages = next(fitting, LATENT_TILES[-1])
     else:
-        block_t, warps, stages = largest_tile(shape.key_group), 4, 3
-    block_m = 16
+        block_m, block_t, warps, stages = 16, largest_tile(shape.key_group), 4, 3
     programs = shape.batch * shape.heads * ceil_div(shape.rows, block_m)
     tiles = max(1, ceil_div(shape.tokens, block_t))
-    splits = ceil_div(PROGRAMS_PER_PROCESSOR * processors, max(1, programs))
+    splits = ceil_div(WARPS_PER_PROCESSOR // warps * processors, max(1, programs))
     return AttentionLaunch(block_m, block_t, warps, stages, min(max(1, splits), tiles, MAX_SPLITS))
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import ciuic_hf
 from ciuic_hf.cli.main import main
 from ciuic_hf.demo import bf16_path
+from ciuic_kernels.attention import MAX_QUERIES
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,30 @@ def test_inspect_prints_a_table(saved: Path, capsys: pytest.CaptureFixture[str])
     assert main(["inspect", str(saved)]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("experts", "attention", "lm_head", "vectors", "total", "smaller"))
+
+
+def test_dispatch_shows_attention_to_a_compressed_cache(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the checkpoint has cache bits; the demo caches latents."""
+    command = ["inspect", str(tmp_path), "--dispatch", "--gpu", "H100"]
+    for file in saved.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    assert main([*command, "--json"]) == 0
+    assert "attention" not in json.loads(capsys.readouterr().out)
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"]["cache_bits"] = 4
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main([*command, "--json"]) == 0
+    ((name, (*served, last)),) = json.loads(capsys.readouterr().out)["attention"].items()
+    assert name.startswith("attention") and f"latents of {config['kv_lora_rank']} + " in name
+    assert {route["kernel"] for route in served} == {"attention.latents"} and served[-1][
+        "last"
+    ] == MAX_QUERIES
+    assert (last["kernel"], last["first"]) == ("torch tiles", MAX_QUERIES + 1)
+    assert main(command) == 0
+    assert "torch tiles" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["nothing here", "an empty folder", "not compressed"])

@@ -16,6 +16,8 @@ from transformers import CompileConfig
 from ciuic_hf import CiuicCache, CiuicConfig, CiuicError, use_ciuic_attention
 from ciuic_hf.hf.static_cache import CiuicStaticLayer
 from ciuic_hf.planning.cache_formats import CACHE_BITS, cache_nbytes
+from ciuic_hf.runtime.cache import static_fused
+from ciuic_hf.runtime.cache.static_attention import StaticHistory
 
 FAMILIES = ["v3_bf16", "deepseek_v2", "qwen2_tied", "qwen3_moe", "gpt_neox"]
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
@@ -141,6 +143,43 @@ def test_generate_compiles_by_itself(family: str, checkpoint: Callable[[str], Pa
         assert torch.equal(out.sequences, expected)
         assert isinstance(out.past_key_values, CiuicCache) and out.past_key_values.is_compileable
         assert counter.frame_count == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("family", "asked"),
+    [("qwen2_tied", "at load"), pytest.param("v3_bf16", "in the call", marks=pytest.mark.slow)],
+)
+def test_pieces_of_a_prompt_leave_pages_that_a_kernel_finds(
+    family: str,
+    asked: str,
+    checkpoint: Callable[[str], Path],
+    prompt: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where ``generate`` compiles: pieces run as they are, then each new token reads the pages in place."""
+    chunk = 64 if asked == "at load" else None
+    config = CiuicConfig(bits=4.25, policy="uniform", cache_bits=4, prefill_chunk=chunk)
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(checkpoint(family), quantization_config=config, dtype=torch.float16)
+    model.hf_quantizer._on_gpu_kernels = True
+    seen: list[tuple[int, int]] = []
+    serves = static_fused.serves
+
+    def note(query: Tensor, history: StaticHistory, *rest: Any) -> bool:
+        seen.append((query.shape[2], history.addresses.shape[0]))
+        return serves(query, history, *rest)
+
+    monkeypatch.setattr(static_fused, "serves", note)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_config = CompileConfig(fullgraph=True, backend=lambda *graph: counter(*graph), mode=None)
+    compile_config._compile_all_devices = True
+    options = GREEDY | {"max_new_tokens": 4, "prefill_chunk_size": 64}
+    expected = model.generate(prompt, **options)
+    options |= {"cache_implementation": "static", "compile_config": compile_config}
+    assert torch.equal(model.generate(prompt, **options), expected)
+    assert counter.frame_count == 1, "one token, and no piece"
+    assert 1 in {queries for queries, _ in seen} and all(pages == 1 for _, pages in seen)
     torch.compiler.reset()
 
 

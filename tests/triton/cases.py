@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ciuic_hf.planning.cache_formats import CACHE_BITS
+from ciuic_kernels.attention import LATENT_TILES
 from ciuic_kernels.codecs.grid import GRIDS, PLANES
 from ciuic_kernels.work import ANY, ANY_SPARSE, ROUTED_SLOTS
 
@@ -38,8 +39,8 @@ MIXTURE = (WEIGHTS[4], HEAVIEST, ANY)
 EVERY = (*ALL_KINDS, ANY)
 """What a matrix of two grids, or of more, is compiled for when it has edges (``work.compiled_kinds``)."""
 
-ATTENTION = {"attend_heads": (16, 4, 3), "attend_latents": (16, 4, 2)}
-"""The launches that ``ciuic_kernels.attention`` chooses."""
+HEADS = (16, 4, 3)
+"""The launch that ``ciuic_kernels.attention`` chooses for heads."""
 
 _NAMES = {codec.id: codec.name for codec in GRIDS.values()} | {ANY: "any", ANY_SPARSE: "sparse"}
 
@@ -130,14 +131,27 @@ def sibling_cases() -> list[Case]:
 def attention_cases(arches: tuple[int, ...]) -> list[Case]:
     """Heads of 128 and DeepSeek-V3's latents: at 4 bits; on sm_90 at all, with a mask, and in float16."""
     cases = []
+    latents = [(queries, warps, stages) for queries, _, warps, stages in LATENT_TILES]
     for arch in arches:
-        for kernel, launch in ATTENTION.items():
-            cases += [Case(kernel, arch, "bf16", (4,), launch)]
+        for kernel, launches in (("attend_heads", [HEADS]), ("attend_latents", latents)):
+            cases += [Case(kernel, arch, "bf16", (4,), launch) for launch in launches]
             if arch == 90:
-                cases += [Case(kernel, arch, "bf16", (bits,), launch) for bits in CACHE_BITS if bits != 4]
-                cases += [Case(kernel, arch, "bf16", (4,), launch, masked=True)]
-                cases += [Case(kernel, arch, "fp16", (4,), launch)]
+                cases += [
+                    Case(kernel, arch, "bf16", (bits,), launches[0]) for bits in CACHE_BITS if bits != 4
+                ]
+                cases += [Case(kernel, arch, "bf16", (4,), launches[0], masked=True)]
+                cases += [Case(kernel, arch, "fp16", (4,), launches[0])]
+                cases += [Case(kernel, arch, "bf16", (8,), launch) for launch in launches[1:]]
     return cases
+
+
+def end_attention_cases() -> list[Case]:
+    """What of these the first and the last supported Triton compile: every launch, at 4 bits, on sm_90."""
+    return [
+        case
+        for case in attention_cases((90,))
+        if case.kinds == (4,) and case.dtype == "bf16" and not case.masked
+    ]
 
 
 def fast_cases() -> list[Case]:
@@ -179,6 +193,7 @@ def end_cases() -> list[Case]:
     cases += [Case("linear", arch, "bf16", MIXTURE) for arch in ARCHES]
     cases += [Case("linear", 90, "bf16", EVERY)]
     cases += [case for arch in ARCHES for case in _others(arch)]
+    cases += end_attention_cases()
     return list(dict.fromkeys(cases))
 
 

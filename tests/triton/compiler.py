@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from ciuic_hf.planning.cache_formats import CHUNK, cache_formats
-from ciuic_kernels.attention import largest_tile
+from ciuic_kernels.attention import LATENT_TILES, largest_tile
 from ciuic_kernels.work import ANY, ANY_SPARSE
 from tests.triton.cases import Case
 from tests.triton.measurement import Measurement
@@ -55,7 +55,8 @@ def attention_values(case: Case) -> dict[str, object]:
     latent = case.kernel == "attend_latents"
     formats = LATENTS[case.kinds[0]] if latent else cache_formats(case.kinds[0], False)
     keys, values = (512, 64) if latent else (128, 128)
-    tile = 32 if latent else largest_tile(formats.keys.group)
+    tiles = {queries: tokens for queries, tokens, _, _ in LATENT_TILES}
+    tile = tiles[case.block_m] if latent else largest_tile(formats.keys.group)
     return {
         "KEY_BITS": formats.keys.bits, "KEY_GROUP": formats.keys.group, "VALUE_BITS": formats.values.bits,
         "VALUE_GROUP": formats.values.group, "KEY_WIDTH": keys, "VALUE_WIDTH": values, "D": keys, "E": values,

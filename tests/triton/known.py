@@ -14,9 +14,6 @@ BESIDE = "the general path of edges spills, in its loop too"
 UNALIGNED = "when K is no multiple of 16, prefill does not copy weights ahead"
 PREFILL_COST = "unpacking and fragments of 64 tokens in registers take more than 6 instructions a weight"
 
-BYTES = "8-bit codes are not copied ahead, and decoding latents of 8 bits takes more registers than there are"
-ROTARY = "a part of what a tile of latents needs is loaded when it is needed, not copied ahead"
-
 BROKEN = {
     "3.6 sm_90 linear bf16 8x1x6 any": OUTSIDE,
     "3.6 sm_89 linear bf16 32x2x4 grid4_g64": OUTSIDE,
@@ -38,16 +35,6 @@ BROKEN = {
     "3.7 sm_80 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
     "3.7 sm_90 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
     "3.7 sm_100 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
-    "3.7 sm_90 attend_heads bf16 16x4x3 cache8": BYTES,
-    "3.7 sm_90 attend_latents bf16 16x4x2 cache8": BYTES,
-    "3.7 sm_90 attend_latents bf16 16x4x2 cache4": ROTARY,
-    "3.7 sm_90 attend_latents bf16 16x4x2 cache3": ROTARY,
-    "3.7 sm_90 attend_latents bf16 16x4x2 cache2": ROTARY,
-    "3.7 sm_90 attend_latents bf16 16x4x2 masked cache4": ROTARY,
-    "3.7 sm_90 attend_latents fp16 16x4x2 cache4": ROTARY,
-    "3.7 sm_80 attend_latents bf16 16x4x2 cache4": ROTARY,
-    "3.7 sm_89 attend_latents bf16 16x4x2 cache4": ROTARY,
-    "3.7 sm_100 attend_latents bf16 16x4x2 cache4": ROTARY,
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 Registers = dict[str, np.ndarray]
+_JOINED = re.compile(r"mov\.b32 (\S+),\{(\S+),(\S+)$")
 _IMMEDIATE = re.compile(r"-?(0x[0-9A-Fa-f]+|\d+)$")
 _LOP3_TERMS = ((0x80, 1, 1, 1), (0x40, 1, 1, 0), (0x20, 1, 0, 1), (0x10, 1, 0, 0),
                (0x08, 0, 1, 1), (0x04, 0, 1, 0), (0x02, 0, 0, 1), (0x01, 0, 0, 0))  # fmt: skip
@@ -32,6 +33,10 @@ def run(text: str, **inputs: np.ndarray) -> tuple[Registers, list[np.ndarray]]:
     for statement in filter(None, (part.strip(" {}") for part in text.split(";"))):
         if statement.startswith(".reg"):
             declared |= {name.strip() for name in statement.removeprefix(".reg .b32").split(",")}
+            continue
+        if joined := _JOINED.match(statement):  # of two 16-bit registers
+            assert joined[1] in declared
+            registers[joined[1]] = registers[joined[2]] & 0xFFFF | registers[joined[3]] << 16
             continue
         name, arguments = statement.split(maxsplit=1)
         target, *operands = (argument.strip() for argument in arguments.split(","))

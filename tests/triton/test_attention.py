@@ -82,6 +82,23 @@ def test_latents(bits: int, dtype: torch.dtype) -> None:
     check(torch.randn(2, 5, 2, 136).to(dtype), rope, pages, splits=2)
 
 
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    ("bits", "block_m", "block_t"), [(4, 32, 32), pytest.param(2, 64, 64, marks=pytest.mark.slow)]
+)
+def test_latents_in_tiles_of_more_queries(bits: int, block_m: int, block_t: int) -> None:
+    """More queries than a tile, and fewer; a page ends in the middle of a tile of tokens."""
+    pages = pages_of(bits, True, [(71, 128)], heads=1, widths=(40, 24), batch=1)
+    for heads in (35, 3):
+        check(
+            torch.randn(1, heads, 1, 40),
+            torch.randn(1, heads, 1, 24),
+            pages,
+            block_m=block_m,
+            block_t=block_t,
+        )
+
+
 @pytest.mark.parametrize(("heads", "group", "new"), [(3, 1, 1), (1, 7, 1), (1, 7, 8)])
 def test_queries_of_several_heads_and_tokens(heads: int, group: int, new: int) -> None:
     pages = pages_of(4, False, [(64, 64), (30, 64)], heads=heads, widths=(32, 16), batch=1)

@@ -113,9 +113,10 @@ def _middles(record: tuple[Tensor, ...], fmt: object, values: Tensor) -> Tensor:
 class Exact:
     """Attention in float64 and how far a kernel may be from it.
 
-    With u the unit roundoff: queries times scales (or latents: levels, and their products) round at most twice, so do
-    levels and weights times scales; float32 sums and powers of two add a few units of 2^-22 for each term. A score that
-    is off by e changes a weight, and the sum of them, by a factor of at most exp(e).
+    With u the unit roundoff: queries times scales round once; latents, and values whose scales are shared by less than
+    all channels, three times: level, scale and their product; weights times scales once more. float32 sums and powers
+    of two add a few units of 2^-22 for each term. A score that is off by e changes a weight, and the sum of them, by a
+    factor of at most exp(e).
     """
 
     out: Tensor
@@ -146,9 +147,9 @@ def exact_attention(
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().nan_to_num()
     out = weights @ values
-    error = scale * pad(size, (0, 1)).amax(-1) * (2 * unit + (query.shape[-1] + 32) * 2.0**-22) + 2.0**-20
+    error = scale * pad(size, (0, 1)).amax(-1) * (3 * unit + (query.shape[-1] + 32) * 2.0**-22) + 2.0**-20
     tokens = scores.shape[-1]
-    relative = 2 * torch.expm1(error) + 3 * unit + (tokens + 32) * 2.0**-22
+    relative = 2 * torch.expm1(error) + 4 * unit + (tokens + 32) * 2.0**-22
     tiny = 2.0**-24 * tokens * 128 if query.dtype == torch.float16 else 0.0
     bound = relative[..., None] * (weights @ values.abs()) + tiny
     return Exact(out, lse.clamp(min=torch.finfo(torch.float32).min), bound, error)

@@ -1,17 +1,18 @@
-"""PTX that turns a word of eight codes of a compressed cache into eight 16-bit floats, in order.
+"""PTX that turns a word of eight codes of a compressed cache into eight 16-bit floats, in order, times a scale.
 
 Codes are first spread to the eight nibbles of a register. Up to eight levels are then looked up by byte permute
 (``prmt`` takes a nibble as the index of one of eight bytes): once for their high, once for their low bytes. Lloyd-Max
 levels of four bits have their sign on top: magnitudes are looked up, and a permute in the mode that repeats the sign
 of 0x80 tells which nibbles have the top bit. Sixteen evenly spaced levels are put under the exponent of a power of
-two instead, as in ``_asm.py``.
+two instead, as in ``_asm.py``. Of eight bits a word has four codes: the lower seven are put under the exponent of 128,
+and 128 or 256 is subtracted, which is a matter of one bit.
 """
 
 from __future__ import annotations
 
 import struct
 
-from ciuic_kernels.cache_codes import LLOYD, PLANES
+from ciuic_kernels.cache_codes import LLOYD, PLANES, SCALE_OF_ONE, SCALES_PER_OCTAVE
 
 _SPREAD = {
     (2, 4): ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)),
@@ -106,44 +107,89 @@ def _evenly_spaced(program: _Program, code: str, half: bool) -> list[str]:
     return [program.emit(f"prmt.b32 @,{pairs[a]},{pairs[b]},{order};") for a, b, order in orders]
 
 
-def unpack(bits: int, channels: bool, half: bool) -> tuple[str, list[str]]:
-    """Instructions with inputs ``$8`` (word of the low plane) and ``$9`` (of the high one).
+def _bytes(program: _Program, word: str, channels: bool, half: bool) -> list[str]:
+    """Two registers of two values each: signed bytes, or bytes less 128."""
+    pairs = [program.emit(f"prmt.b32 @,{word},0,{order};") for order in ("0x4140", "0x4342")]
+    if half:
+        magic, one, less = (program.constant(bits_of(x, True) * 0x10001) for x in (1024.0, 1.0, -1152.0))
+        turned = magic if channels else program.constant(0x64806480)
+        numbers = [program.emit(f"xor.b32 @,{pair},{turned};") for pair in pairs]
+        return [program.emit(f"fma.rn.f16x2 @,{number},{one},{less};") for number in numbers]
+    magic, one = (program.constant(bits_of(x, False) * 0x10001) for x in (128.0, 1.0))
+    less = program.constant(
+        0xC380C380 if channels else 0xC300C300
+    )  # -256 or -128; their bits differ in 0x0080
+    values = []
+    for pair in pairs:
+        number = program.emit(f"lop3.b32 @,{pair},0x007F007F,{magic},{AND_OR};")
+        base = program.emit(f"lop3.b32 @,{pair},0x00800080,{less},{AND_XOR};")
+        values.append(program.emit(f"fma.rn.bf16x2 @,{number},{one},{base};"))
+    return values
+
+
+def unpack(bits: int, channels: bool, half: bool, scaled: bool) -> tuple[str, list[str]]:
+    """Instructions that unpack a word of each plane.
+
+    Inputs are named after the outputs, a word of ``n`` codes having ``$0`` to ``$(n - 1)``: ``$n`` is the word of the
+    low plane, ``$(n + 1)`` of the high one, ``$(n + 2)`` the scale, 16 bits of the dtype of the results.
 
     Args:
-        bits: of a code, less than 8.
-        channels: codes of a channel, less half their number; else Lloyd-Max levels.
+        bits: of a code.
+        channels: codes of a channel, less half their number; else levels of a token.
         half: float16 results, else bfloat16.
+        scaled: times the scale.
 
     Returns:
-        the text, and the registers that hold codes 0 and 1, 2 and 3, 4 and 5, 6 and 7.
+        the text, and the registers that hold codes 0 and 1, 2 and 3, and so on.
     """
-    program = _Program()
-    code = program.nibbles(bits, "$8", "$9")
-    if channels and bits == 4:
-        registers = _evenly_spaced(program, code, half)
-    elif channels:
-        registers = _looked_up(
-            program, code, [i - (1 << bits) / 2 for i in range(1 << bits)], half, signs=False
-        )
-    elif bits == 4:
-        registers = _looked_up(program, code, list(LLOYD[bits]), half, signs=True)
-    else:
-        registers = _looked_up(program, code, [*LLOYD[bits], *(-x for x in LLOYD[bits])], half, signs=False)
+    program, count = _Program(), 4 if bits == 8 else 8
+    registers = _levels(program, bits, channels, half, f"${count}", f"${count + 1}")
+    if scaled:
+        scale = program.emit(f"mov.b32 @,{{${count + 2},${count + 2}}};")
+        zero = program.constant(0x80008000)  # -0: what is added to a product and changes nothing
+        form = "f16x2" if half else "bf16x2"
+        registers = [program.emit(f"fma.rn.{form} @,{value},{scale},{zero};") for value in registers]
     names = ",".join(f"r{i + 1}" for i in range(program.registers))
     return f".reg .b32 {names}; " + " ".join(program.lines), registers
 
 
-def text(bits: int, channels: bool, half: bool) -> str:
-    """The whole block, with outputs ``$0`` to ``$7`` of 16 bits."""
-    body, registers = unpack(bits, channels, half)
+def _levels(program: _Program, bits: int, channels: bool, half: bool, low: str, high: str) -> list[str]:
+    if bits == 8:
+        return _bytes(program, low, channels, half)
+    code = program.nibbles(bits, low, high)
+    if channels and bits == 4:
+        return _evenly_spaced(program, code, half)
+    if channels:
+        steps = [i - (1 << bits) / 2 for i in range(1 << bits)]
+        return _looked_up(program, code, steps, half, signs=False)
+    if bits == 4:
+        return _looked_up(program, code, list(LLOYD[bits]), half, signs=True)
+    return _looked_up(program, code, [*LLOYD[bits], *(-x for x in LLOYD[bits])], half, signs=False)
+
+
+def text(bits: int, channels: bool, half: bool, scaled: bool) -> str:
+    """The whole block, with outputs ``$0``, ``$1`` and so on of 16 bits."""
+    body, registers = unpack(bits, channels, half, scaled)
     ends = [f"mov.b32 {{${2 * i},${2 * i + 1}}},{register};" for i, register in enumerate(registers)]
     return "{ " + body + " " + " ".join(ends) + " }"
 
 
 UNPACK = {
-    (bits, channels, half): text(bits, channels, half)
+    (bits, channels, half, scaled): text(bits, channels, half, scaled)
     for bits in PLANES
-    if bits < 8
-    for channels in (False, True)
+    for channels, scaled in ((True, False), (False, False), (False, True))
     for half in (False, True)
 }
+
+
+def _single(value: float) -> str:
+    """A float32 as PTX writes it."""
+    return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
+
+
+SCALE = (
+    "{ .reg .f32 x; cvt.rn.f32.u32 x,$1; "
+    f"fma.rn.f32 x,x,{_single(1 / SCALES_PER_OCTAVE)},{_single(-SCALE_OF_ONE / SCALES_PER_OCTAVE)}; "
+    "ex2.approx.ftz.f32 $0,x; }"
+)
+"""The float32 that a scale byte stands for, but for NaN: a power of two."""

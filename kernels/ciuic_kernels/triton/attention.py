@@ -1,7 +1,7 @@
 """Attention of few new tokens to the packed pages of a compressed cache (flash-decoding).
 
 Grid: parts of the tokens x tiles of queries x heads of the cache in all sequences. A program reads its share of the
-pages once, decodes a tile of them, and leaves the weighted mean of its values and the log-sum-exp of its scores; a
+pages once, decodes a tile at a time, and leaves the weighted mean of its values and the log-sum-exp of its scores; a
 second kernel merges those, in order. Queries that share a head of the cache are the rows of the matrix products.
 
 Traffic: the packed bytes of a head once for each tile of its queries, and ``splits`` float32 partial results.
@@ -21,7 +21,7 @@ from ciuic_kernels.triton._cache import (
     load_channels,
     load_tokens,
     planes_of,
-    scaled,
+    settled,
     shifted,
 )
 from ciuic_kernels.triton._launch import start
@@ -29,24 +29,31 @@ from ciuic_kernels.triton._launch import start
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+CHANGING = ("heads", "rows", "queries", "all_rows", "splits", "mask_b", "mask_q")
+"""Arguments that differ from step to step, or between models: a kernel does not depend on which number they are."""
 
 
 @triton.jit
-def tile_at(pages, index, TILES: tl.constexpr):
-    """(page, which of its tiles, tokens that count, position of token 0, capacity)."""
-    page = index // TILES
-    tokens = tl.load(pages + 3 * page)
-    position = tl.load(pages + 3 * page + 1)
-    capacity = tl.load(pages + 3 * page + 2)
-    return page, index - page * TILES, tokens, position, capacity
-
-
-@triton.jit
-def share_of(pages, count, split, splits, TILES: tl.constexpr):
-    """The tiles ``[first, last)`` of a program."""
+def share_of(count, TILES: tl.constexpr):
+    """The tiles ``[first, last)`` of a program, of all pages together."""
     total = tl.load(count) * TILES
+    split, splits = tl.program_id(0), tl.num_programs(0)
     share = (total + splits - 1) // splits
     return split * share, tl.minimum((split + 1) * share, total)
+
+
+@triton.jit
+def page_at(pages, page):
+    """(tokens that count, position of token 0, capacity)."""
+    at = pages + 3 * page
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
+def tiles_of(page, tokens, begin, end, T: tl.constexpr, TILES: tl.constexpr):
+    """The tiles ``[first, last)`` of a page that are in a share and have tokens."""
+    used = (tokens + T - 1) // T
+    return tl.maximum(begin - page * TILES, 0), tl.minimum(tl.minimum(end - page * TILES, TILES), used)
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def load_queries(query, first, row, rows, WIDTH: tl.constexpr, D: tl.constexpr):
     return tl.load(at, mask=(row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def heads_kernel(
     query,
     addresses,
@@ -155,35 +162,36 @@ def heads_kernel(
     top = tl.full((M,), LOWEST, tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, E), tl.float32)
-    begin, end = share_of(pages, count, tl.program_id(0), tl.num_programs(0), TILES)
-    for index in tl.range(begin, end, num_stages=STAGES):
-        page, tile, tokens, position, capacity = tile_at(pages, index, TILES)
-        codes, factor, middle = load_channels(
-            addresses, page, head, channel, tile, tokens, capacity, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH, T,
-            DTYPE, PLAIN,
-        )  # fmt: skip
-        factor, middle = tl.reshape(factor, (D,)), tl.reshape(middle, (D,))
-        scores = tl.dot((q * factor[None, :]).to(DTYPE), codes)
-        scores = (scores + tl.sum(q * middle[None, :], 1)[:, None]) * (scale * LOG2_E)
-        token = tile * T + tl.arange(0, T)
-        seen, read = tokens_seen(
-            mask, head // heads, row % queries, token, tokens, position, mask_b, mask_q, mask_t, T, HAS_MASK
-        )
-        scores = tl.where(seen, scores, float("-inf"))
-        weights, fade, top, total = softmax_step(scores, top, total)
-        values, scales = load_tokens(
-            addresses, page, head, token, tokens, capacity, read, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP, VALUE_WIDTH,
-            E, DTYPE, PLAIN,
-        )  # fmt: skip
-        if GROUPS == 1:
-            weights = weights * tl.reshape(scales, (1, T))
-        else:
-            values = scaled(values, scales, DTYPE)
-        sums = tl.dot(weights.to(DTYPE), values, sums * fade[:, None])
+    begin, end = share_of(count, TILES)
+    for page in range(begin // TILES, (end + TILES - 1) // TILES):
+        tokens, position, capacity = page_at(pages, page)
+        first, last = tiles_of(page, tokens, begin, end, T, TILES)
+        for tile in tl.range(first, last, num_stages=STAGES):
+            codes, factor, middle = load_channels(
+                addresses, page, head, channel, tile, tokens, capacity, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH, T,
+                DTYPE, PLAIN,
+            )  # fmt: skip
+            codes = settled(codes, PLAIN)
+            factor, middle = tl.reshape(factor, (D,)), tl.reshape(middle, (D,))
+            scores = tl.dot((q * factor[None, :]).to(DTYPE), codes)
+            scores = (scores + tl.sum(q * middle[None, :], 1)[:, None]) * (scale * LOG2_E)
+            token = tile * T + tl.arange(0, T)
+            seen, read = tokens_seen(
+                mask, head // heads, row % queries, token, tokens, position, mask_b, mask_q, mask_t, T, HAS_MASK
+            )  # fmt: skip
+            scores = tl.where(seen, scores, float("-inf"))
+            weights, fade, top, total = softmax_step(scores, top, total)
+            values, scales = load_tokens(
+                addresses, page, head, token, tokens, capacity, read, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP,
+                VALUE_WIDTH, E, GROUPS > 1, DTYPE, PLAIN,
+            )  # fmt: skip
+            if GROUPS == 1:
+                weights = weights * tl.reshape(scales, (1, T))
+            sums = tl.dot(weights.to(DTYPE), values, sums * fade[:, None])
     store_part(out, lse, sums, top, total, tl.program_id(0), head * rows, row, rows, all_rows, VALUE_WIDTH, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def latents_kernel(
     query,
     query_rope,
@@ -226,31 +234,32 @@ def latents_kernel(
     top = tl.full((M,), LOWEST, tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, D), tl.float32)
-    begin, end = share_of(pages, count, tl.program_id(0), tl.num_programs(0), TILES)
-    for index in tl.range(begin, end, num_stages=STAGES):
-        page, tile, tokens, position, capacity = tile_at(pages, index, TILES)
-        token = tile * T + tl.arange(0, T)
-        seen, read = tokens_seen(
-            mask, batch, row % queries, token, tokens, position, mask_b, mask_q, mask_t, T, HAS_MASK
-        )
-        levels, scales = load_tokens(
-            addresses, page, batch, token, tokens, capacity, read, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH, D,
-            DTYPE, PLAIN,
-        )  # fmt: skip
-        latents = scaled(levels, scales, DTYPE)
-        codes, factor, middle = load_channels(
-            addresses, page, batch, channel, tile, tokens, capacity, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP,
-            VALUE_WIDTH, T, DTYPE, PLAIN,
-        )  # fmt: skip
-        scores = tl.dot(q_rope, shifted(codes, factor, middle, DTYPE))
-        scores = tl.dot(q, tl.trans(latents), scores) * (scale * LOG2_E)
-        scores = tl.where(seen, scores, float("-inf"))
-        weights, fade, top, total = softmax_step(scores, top, total)
-        sums = tl.dot(weights.to(DTYPE), latents, sums * fade[:, None])
+    begin, end = share_of(count, TILES)
+    for page in range(begin // TILES, (end + TILES - 1) // TILES):
+        tokens, position, capacity = page_at(pages, page)
+        first, last = tiles_of(page, tokens, begin, end, T, TILES)
+        for tile in tl.range(first, last, num_stages=STAGES):
+            token = tile * T + tl.arange(0, T)
+            seen, read = tokens_seen(
+                mask, batch, row % queries, token, tokens, position, mask_b, mask_q, mask_t, T, HAS_MASK
+            )
+            latents, _ = load_tokens(
+                addresses, page, batch, token, tokens, capacity, read, 0, PARTS, KEY_BITS, KEY_GROUP, KEY_WIDTH,
+                D, True, DTYPE, PLAIN,
+            )  # fmt: skip
+            codes, factor, middle = load_channels(
+                addresses, page, batch, channel, tile, tokens, capacity, OF_KEYS, PARTS, VALUE_BITS, VALUE_GROUP,
+                VALUE_WIDTH, T, DTYPE, PLAIN,
+            )  # fmt: skip
+            scores = tl.dot(q_rope, shifted(codes, factor, middle, DTYPE, PLAIN))
+            scores = tl.dot(q, tl.trans(latents), scores) * (scale * LOG2_E)
+            scores = tl.where(seen, scores, float("-inf"))
+            weights, fade, top, total = softmax_step(scores, top, total)
+            sums = tl.dot(weights.to(DTYPE), latents, sums * fade[:, None])
     store_part(out, lse, sums, top, total, tl.program_id(0), batch * rows, row, rows, all_rows, KEY_WIDTH, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def merge_kernel(parts, part_lse, out, lse, all_rows, splits, WIDTH: tl.constexpr, E: tl.constexpr):
     """One row: partial means weighted by their sums, in order."""
     row = tl.program_id(0).to(tl.int64)
