@@ -181,6 +181,7 @@ def full_cases() -> list[Case]:
         cases += [Case("linear", arch, "fp16", (kind,)) for kind in (TYPICAL, HEAVIEST)]
         cases += [Case("linear", arch, "fp16", (TYPICAL,), PREFILL)]
         cases += [Case("dequantize", arch, "fp16", MIXTURE, (0, 4, 3))]
+        cases += [Case("linears", arch, "bf16", (TYPICAL,), (32, 2, 4))]
     cases += [Case("linear", 90, "fp16", (kind,)) for kind in ALL_KINDS]
     cases += [Case("linear", 80, "bf16", EVERY), Case("linear", 90, "bf16", EVERY, MIXED_PREFILL)]
     return list(dict.fromkeys(cases))

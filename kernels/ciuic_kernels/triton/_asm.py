@@ -140,8 +140,8 @@ def unpack_scaled(width: int, part: int) -> str:
 def _weights(program: _Program, width: int, group: int, low: str, high: str, scale: str = "") -> list[str]:
     """Codes 0..3 of two words as levels, times the scale if there is one."""
     zero, results = program.pair(-0.0), []
-    for field in _fields(program, width, group, low, high):
-        t = program.centred(*field, width)
+    values = [program.centred(*field, width) for field in _fields(program, width, group, low, high)]
+    for t in values:
         curve = program.fma(t, t, program.pair(LINEAR[width]))
         results.append(program.fma(program.fma(t, scale, zero) if scale else t, curve, zero))
     return results
