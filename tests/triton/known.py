@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.triton.cases import PREFILL, WEIGHTS, Case
+from tests.triton.cases import Case
 
 OUTSIDE = "a few registers spill between the loops over blocks, once a work item; none inside a loop"
 BESIDE = "the general path of edges spills, in its loop too"
 UNALIGNED = "when K is no multiple of 16, prefill does not copy weights ahead"
-PREFILL_COST = "unpacking and fragments of 64 tokens in registers take more than 6 instructions a weight"
 
 BYTES = "8-bit codes are not copied ahead, and decoding latents of 8 bits takes more registers than there are"
 ROTARY = "a part of what a tile of latents needs is loaded when it is needed, not copied ahead"
@@ -55,11 +54,3 @@ def rules_of(minor: str, case: Case) -> list[pytest.MarkDecorator]:
     """The xfail of a case whose kernel breaks a rule."""
     reason = BROKEN.get(f"{minor} {case}")
     return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-
-
-def prefill_bar_of(case: Case) -> list[pytest.MarkDecorator]:
-    """On sm_90 up to four bits keep the bar (wgmma reads x from shared memory), on sm_80 two bits; nothing on sm_89."""
-    assert case.launch == PREFILL
-    most = {80: WEIGHTS[2], 90: WEIGHTS[4]}
-    kept = case.arch in most and case.kinds[0] <= most[case.arch]
-    return [] if kept else [pytest.mark.xfail(reason=PREFILL_COST, strict=True)]
