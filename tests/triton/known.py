@@ -11,7 +11,6 @@ from tests.triton.cases import Case
 
 OUTSIDE = "a few registers spill between the loops over blocks, once a work item; none inside a loop"
 BESIDE = "the general path of edges spills, in its loop too"
-UNALIGNED = "when K is no multiple of 16, prefill does not copy weights ahead"
 
 BYTES = "8-bit codes are not copied ahead, and decoding latents of 8 bits takes more registers than there are"
 ROTARY = "a part of what a tile of latents needs is loaded when it is needed, not copied ahead"
@@ -22,8 +21,6 @@ BROKEN = {
     "3.6 sm_90 linear bf16 16x1x6 grid4_g64": OUTSIDE,
     "3.6 sm_90 linear bf16 32x2x4 grid4_g64": OUTSIDE,
     "3.6 sm_90 experts_few bf16 8x1x6 pairs64 grid4_g64+grid8_g32+any": BESIDE,
-    "3.8 sm_90 linear bf16 16x1x6 grid8_g32": OUTSIDE,
-    "3.8 sm_100 linear bf16 16x1x6 grid8_g32": OUTSIDE,
     "3.8 sm_90 experts_few bf16 8x1x6 pairs64 grid4_g64+grid8_g32+any": OUTSIDE,
     "3.7 sm_89 linear bf16 32x2x4 grid4_g64": OUTSIDE,
     "3.7 sm_90 linear bf16 16x1x6 grid4_g64": OUTSIDE,
@@ -31,12 +28,8 @@ BROKEN = {
     "3.7 sm_80 linear fp16 64x4x4 grid4_g64": OUTSIDE,
     "3.7 sm_80 experts_many bf16 16x1x6 grid4_g64": OUTSIDE,
     "3.7 sm_90 experts_few bf16 16x1x6 pairs64 grid4_g64": OUTSIDE,
-    "3.7 sm_100 experts_few bf16 16x1x6 pairs64 grid4_g64": OUTSIDE,
     "3.7 sm_100 experts_few bf16 32x2x4 pairs64 grid4_g64": OUTSIDE,
     "3.7 sm_90 experts_few bf16 8x1x6 pairs64 grid4_g64+grid8_g32+any": OUTSIDE,
-    "3.7 sm_80 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
-    "3.7 sm_90 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
-    "3.7 sm_100 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
     "3.7 sm_90 attend_heads bf16 16x4x3 cache8": BYTES,
     "3.7 sm_90 attend_latents bf16 16x4x2 cache8": BYTES,
     "3.7 sm_90 attend_latents bf16 16x4x2 cache4": ROTARY,
