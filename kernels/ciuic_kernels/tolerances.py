@@ -1,8 +1,9 @@
 """How far a product with compressed weights may be from the exact one: one bound for every operator and device.
 
 With u the unit roundoff of x's dtype, a result may carry up to four roundings to that dtype: of the decoded weight,
-of a band of the matrix or an expert's part, of their sum, and of the sum with a bias. The sum of K terms in float32
-adds at most K 2^-24 in any order, and a few more for scales that are multiplied in late. All are relative to
+of a band of the matrix or an expert's part, of their sum, and of the sum with a bias. (A fused product rounds a weight
+in up to three steps, which are less than 2.6 u together, and its sum once.) The sum of K terms in float32 adds at most
+K 2^-24 in any order, and a few more for scales that are multiplied in late. All are relative to
 ``|x| |W|``; weights below the normal range of float16 have an absolute error of their own. The bound is rigorous: it
 holds for every input. Tests and ``ciuic bench kernels`` compare with it and with nothing looser.
 """

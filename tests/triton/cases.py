@@ -215,6 +215,7 @@ def full_cases() -> list[Case]:
             Case("dequantize", arch, "bf16", (ANY,), DENSE),
         ]
         cases += [Case("dequantize", arch, "bf16", (ANY, ANY_SPARSE), DENSE)]
+        cases += [Case("linears", arch, "bf16", (TYPICAL,), (32, 2, 4))]
     cases += [Case("linear", 90, "fp16", (kind,)) for kind in ALL_KINDS]
     cases += [Case("linear", 80, "bf16", EVERY), Case("linear", 90, "bf16", EVERY, MIXED_PREFILL)]
     return list(dict.fromkeys(cases))

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.triton.cases import PREFILL, WEIGHTS, Case
+from tests.triton.cases import Case
 
 OUTSIDE = "a few registers spill between the loops over blocks, once a work item; none inside a loop"
 BESIDE = "the general path of edges spills, in its loop too"
-UNALIGNED = "when K is no multiple of 16, prefill does not copy weights ahead"
-PREFILL_COST = "unpacking and fragments of 64 tokens in registers take more than 6 instructions a weight"
 
 BROKEN = {
     "3.6 sm_90 linear bf16 8x1x6 any": OUTSIDE,
@@ -20,8 +18,7 @@ BROKEN = {
     "3.6 sm_90 linear bf16 16x1x6 grid4_g64": OUTSIDE,
     "3.6 sm_90 linear bf16 32x2x4 grid4_g64": OUTSIDE,
     "3.6 sm_90 experts_few bf16 8x1x6 pairs64 grid4_g64+grid8_g32+any": BESIDE,
-    "3.8 sm_90 linear bf16 16x1x6 grid8_g32": OUTSIDE,
-    "3.8 sm_100 linear bf16 16x1x6 grid8_g32": OUTSIDE,
+    "3.8 sm_100 experts_few bf16 8x1x6 pairs64 grid4_g64": OUTSIDE,
     "3.8 sm_90 experts_few bf16 8x1x6 pairs64 grid4_g64+grid8_g32+any": OUTSIDE,
     "3.7 sm_89 linear bf16 32x2x4 grid4_g64": OUTSIDE,
     "3.7 sm_90 linear bf16 16x1x6 grid4_g64": OUTSIDE,
@@ -29,12 +26,8 @@ BROKEN = {
     "3.7 sm_80 linear fp16 64x4x4 grid4_g64": OUTSIDE,
     "3.7 sm_80 experts_many bf16 16x1x6 grid4_g64": OUTSIDE,
     "3.7 sm_90 experts_few bf16 16x1x6 pairs64 grid4_g64": OUTSIDE,
-    "3.7 sm_100 experts_few bf16 16x1x6 pairs64 grid4_g64": OUTSIDE,
     "3.7 sm_100 experts_few bf16 32x2x4 pairs64 grid4_g64": OUTSIDE,
     "3.7 sm_90 experts_few bf16 8x1x6 pairs64 grid4_g64+grid8_g32+any": OUTSIDE,
-    "3.7 sm_80 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
-    "3.7 sm_90 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
-    "3.7 sm_100 linear bf16 64x4x4 ragged grid4_g64": UNALIGNED,
 }
 
 
@@ -42,11 +35,3 @@ def rules_of(minor: str, case: Case) -> list[pytest.MarkDecorator]:
     """The xfail of a case whose kernel breaks a rule."""
     reason = BROKEN.get(f"{minor} {case}")
     return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-
-
-def prefill_bar_of(case: Case) -> list[pytest.MarkDecorator]:
-    """On sm_90 up to four bits keep the bar (wgmma reads x from shared memory), on sm_80 two bits; nothing on sm_89."""
-    assert case.launch == PREFILL
-    most = {80: WEIGHTS[2], 90: WEIGHTS[4]}
-    kept = case.arch in most and case.kinds[0] <= most[case.arch]
-    return [] if kept else [pytest.mark.xfail(reason=PREFILL_COST, strict=True)]

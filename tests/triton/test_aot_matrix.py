@@ -11,7 +11,7 @@ import pytest
 from tests.triton import budgets
 from tests.triton.cases import PREFILL, WEIGHTS, Case
 from tests.triton.gate import violations
-from tests.triton.known import prefill_bar_of, rules_of
+from tests.triton.known import rules_of
 from tests.triton.measurement import ROOT, Measurement, measure_all
 from tests.triton.versions import FIRST, LAST, PINNED, RELEASES, location
 
@@ -64,9 +64,7 @@ def test_decode_keeps_the_bar(width: int, arch: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=str(case), marks=prefill_bar_of(case)) for case in prefill_cases()]
-)
+@pytest.mark.parametrize("case", prefill_cases(), ids=str)
 def test_prefill_keeps_the_bar(case: Case) -> None:
     (loop,) = measured(LAST)[case].loops
     assert loop.per_weight <= PREFILL_BAR

@@ -70,6 +70,35 @@ def test_unpack_gives_the_levels(width: int, group: int, half: bool, seed: int) 
     assert np.all(np.abs(values - exact) <= 2 * unit)
 
 
+@pytest.mark.parametrize(("width", "part"), list(_asm.UNPACK_SCALED))
+def test_unpack_scaled_gives_the_levels_times_the_scale(width: int, part: int) -> None:
+    """Every code in every column, under every mantissa and sign of a scale: within the three roundings of ADR 031."""
+    codes = codes_of(width, part)
+    groups = (2 * part, 2 * part + 1)
+    words = [registers_of(codes, width, group) for group in groups]
+    exponents = torch.tensor([[120], [131]], dtype=torch.uint8)
+    scales = scale_values(torch.arange(32, dtype=torch.uint8), exponents).numpy()[
+        ..., None, None
+    ]  # [2, 32, 1, 1]
+    halves = (scales.view(np.uint32) >> 16) * np.uint32(0x10001)
+    shape = (32, *words[0]["r4"].shape)
+    operands = {f"r{8 + i}": np.broadcast_to(words[i]["r4"], shape) for i in range(2)}
+    operands |= {f"r{10 + i}": np.broadcast_to(words[i]["r5"], shape) for i in range(2)}
+    operands |= {f"r{12 + i}": np.broadcast_to(halves[i], shape) for i in range(2)}
+    registers, squared = ptx.run(_asm.UNPACK_SCALED[width, part], **operands)
+
+    middle = 1 << (width - 1)
+    assert len(squared) == 8
+    for i, group in enumerate(groups):
+        wanted = codes[:, 32 * group : 32 * (group + 1)].astype(np.int64)
+        for scale in range(32):
+            t = in_columns([register[scale] for register in squared[4 * i : 4 * i + 4]], False)
+            np.testing.assert_array_equal(t, (wanted - middle) / middle)
+            values = in_columns([registers[f"${n}"][scale] for n in range(4 * i, 4 * i + 4)], False)
+            exact = scales[i, scale].astype(np.float64) * levels(width).numpy().astype(np.float64)[wanted]
+            assert np.all(np.abs(values - exact) <= 2.6 * 2.0**-8 * np.abs(exact))
+
+
 @pytest.mark.parametrize(("first_byte", "rows"), _asm.SCALE_FORMS)
 def test_scales_are_the_codecs_bit_for_bit(first_byte: int, rows: int) -> None:
     """All 256 bytes under every exponent that a file may have, in every place of a register."""

@@ -40,6 +40,15 @@ def test_full_blocks_of_each_grid(codec: object, poisoned_empty: None) -> None:
         assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)
 
 
+@pytest.mark.parametrize("codec", GRIDS.values(), ids=lambda codec: codec.name)
+def test_full_blocks_of_each_grid_in_prefill(codec: object, poisoned_empty: None) -> None:
+    """Tiles of 64 tokens, where scales meet the weights; in the interpreter that is so for float16 as well."""
+    w = sample((64, 256), codecs=(codec.name,))  # type: ignore[attr-defined]
+    x = activations(40, 256, dtype=HALF)
+    with gpu_kernels():
+        assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)
+
+
 @FEW
 @given(
     st.integers(1, 140),

@@ -8,9 +8,13 @@ columns, code n = 0..3 of a word has its bits at 4 n + p s of a plane of p bits,
    (``lop3`` 0xEA), so no integer is ever converted;
 3. subtract B + 1, which gives t exactly, and evaluate t * (t * t + C0).
 
-With a mantissa of 7 bits bfloat16 cannot hold 8-bit codes; its two nibbles take two powers of two and one more
-addition. All constants are exact in both formats, t is exact, and the two rounded steps err by at most 2 units in
-the last place together.
+bfloat16 has 7 bits of mantissa, but its eight lowest bits count on without a step: below 2^-125, among the subnormal
+numbers and the first normal ones, a number is its bits times 2^-133. So a code that ends at bit 7 takes no exponent:
+2^126 times it, minus 1, is t. That needs multiplications that keep subnormal numbers, as PTX promises for ``fma`` of
+bfloat16.
+
+All constants are exact in both formats, t is exact, and the two rounded steps err by at most 2 units in the last place
+together. With a scale a third step is rounded: t times the scale. All three together err by less than 2.6 * 2^-8.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from ciuic_kernels.codecs.grid import LINEAR, PLANES
 
 JOIN, UNDER = "0xE4", "0xEA"  # lop3 tables: c selects a or b; (a and b) or c
 NIBBLES = "0x0F0F0F0F"
+SUBNORMAL = 2.0**-133  # what the lowest bit of a bfloat16 is worth below 2^-125
 
 
 class _Program:
@@ -29,6 +34,7 @@ class _Program:
 
     def __init__(self, half: bool) -> None:
         self.half, self.mantissa, self.type = half, 10 if half else 7, "f16x2" if half else "bf16x2"
+        self.span = 10 if half else 8  # lowest bits that can hold a code
         self.lines: list[str] = []
         self.registers = 0
         self.shifts: dict[tuple[str, int], str] = {}
@@ -63,15 +69,25 @@ class _Program:
         """Bits of a where the mask is set, of b elsewhere."""
         return self.emit(f"lop3.b32 @,{a},{b},{mask},{JOIN};")
 
-    def number(self, source: str, position: int, width: int, unit: int) -> tuple[str, float]:
-        """The field as the float B + q / 2^unit; returns register and B."""
-        room = self.mantissa - width
-        right = next(s for s in (0, 8, position) if 0 <= position - s <= room)
+    def centred(self, source: str, position: int, width: int) -> str:
+        """A field q as ``t = q / 2^(width - 1) - 1``, exact."""
+        unit = 2.0 ** (1 - width)
+        right = next(s for s in (0, 8, position) if 0 <= position - s <= self.span - width)
         place = position - right
-        base = 2.0 ** (self.mantissa - place - unit)
+        if place + width <= self.mantissa:
+            base = unit * 2.0 ** (self.mantissa - place)
+            number = self.field(self.shift(source, right), place, width, base)
+            return self.fma(number, self.pair(1.0), self.pair(-(base + 1)))
+        if (right, width) == (8, 8):
+            number = self.emit(f"prmt.b32 @,{source},0,0x4341;")
+        else:
+            number = self.field(self.shift(source, right), place, width, 0.0)
+        return self.fma(number, self.pair(unit / (SUBNORMAL * 2.0**place)), self.pair(-1.0))
+
+    def field(self, source: str, place: int, width: int, base: float) -> str:
+        """The bits of a field where they are, under the exponent of ``base``."""
         mask = f"0x{(((1 << width) - 1) << place) * 0x10001:08X}"
-        register = self.shift(source, right)
-        return self.emit(f"lop3.b32 @,{register},{mask},{self.pair(base)},{UNDER};"), base
+        return self.emit(f"lop3.b32 @,{source},{mask},{self.pair(base)},{UNDER};")
 
     def fma(self, a: str, b: str, c: str) -> str:
         return self.emit(f"fma.rn.{self.type} @,{a},{b},{c};")
@@ -102,24 +118,37 @@ def unpack(width: int, group: int, half: bool) -> str:
         half: float16 results, else bfloat16.
     """
     program = _Program(half)
-    one, unit = program.pair(1.0), width - 1
-    if width == 8 and not half:
-        values = [_byte_in_two_steps(program, n) for n in range(4)]
-    else:
-        values = []
-        for source, position in _fields(program, width, group):
-            number, base = program.number(source, position, width, unit)
-            values.append(program.fma(number, one, program.pair(-(base + 1))))
-    results = []
+    return program.text(_weights(program, width, group, "$4", "$5"))
+
+
+def unpack_scaled(width: int, part: int) -> str:
+    """PTX for 64 columns times their scales, in bfloat16: outputs ``$0`` to ``$7``, codes 0..3 of two groups.
+
+    Inputs, one for each group: ``$8`` and ``$9`` low plane, ``$10`` and ``$11`` high plane, ``$12`` and ``$13`` the
+    scale in both halves.
+
+    Args:
+        part: which 64 of the 128 columns, 0 or 1.
+    """
+    program = _Program(half=False)
+    outputs = []
+    for i in range(2):
+        outputs += _weights(program, width, 2 * part + i, f"${8 + i}", f"${10 + i}", f"${12 + i}")
+    return program.text(outputs)
+
+
+def _weights(program: _Program, width: int, group: int, low: str, high: str, scale: str = "") -> list[str]:
+    """Codes 0..3 of two words as levels, times the scale if there is one."""
+    zero, results = program.pair(-0.0), []
+    values = [program.centred(*field, width) for field in _fields(program, width, group, low, high)]
     for t in values:
         curve = program.fma(t, t, program.pair(LINEAR[width]))
-        results.append(program.fma(t, curve, program.pair(-0.0)))
-    return program.text(results)
+        results.append(program.fma(program.fma(t, scale, zero) if scale else t, curve, zero))
+    return results
 
 
-def _fields(program: _Program, width: int, group: int) -> list[tuple[str, int]]:
+def _fields(program: _Program, width: int, group: int, low: str, high: str) -> list[tuple[str, int]]:
     """Where the whole codes 0..3 lie after joining the planes: (register, first bit)."""
-    low, high = "$4", "$5"
     planes = PLANES[width]
     start = planes[0] * (group % (4 // planes[0]))
     if len(planes) == 1:
@@ -131,15 +160,6 @@ def _fields(program: _Program, width: int, group: int) -> list[tuple[str, int]]:
     even = program.join(low, program.shift(high, high_start - 4), NIBBLES)
     odd = program.join(program.shift(low, 4), program.shift(high, high_start), NIBBLES)
     return [(even, 0), (odd, 0), (even, 8), (odd, 8)]
-
-
-def _byte_in_two_steps(program: _Program, n: int) -> str:
-    """t of 8-bit codes in bfloat16: B + high / 8, then 1 + low / 128 on top; every step is exact."""
-    high, high_base = program.number("$5", 4 * n, 4, 3)
-    low, low_base = program.number(program.shift("$4", 4 * n), 0, 4, 7)
-    one = program.pair(1.0)
-    rest = program.fma(high, one, program.pair(-(high_base + 1 + low_base)))
-    return program.fma(low, one, rest)
 
 
 def scales(first_byte: int, rows: int) -> str:
@@ -163,3 +183,5 @@ UNPACK = {
     for group in range(4)
     for half in (False, True)
 }
+
+UNPACK_SCALED = {(width, part): unpack_scaled(width, part) for width in PLANES for part in (0, 1)}

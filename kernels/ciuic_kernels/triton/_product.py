@@ -2,7 +2,8 @@
 
 Weights are the left operand, so the 64 rows of a block lie along the long side of the MMA and 8 tokens suffice to
 fill it. A group of columns is multiplied at scale 1; its scales meet the float32 sums, ``64 x tokens`` multiplications
-instead of one for each weight, and no rounding.
+instead of one for each weight, and no rounding. From 64 tokens on that is more than one for each pair of weights:
+there, in bfloat16, which has the range for it, scales meet the weights (docs/adr/031).
 
 A strip of several kinds has one loop for each. Each is a function that is called, not inlined, as passes of the
 compiler take time quadratic in the size of a function (docs/adr/023). Functions that are called take and return
@@ -21,10 +22,15 @@ from ciuic_kernels.triton._blocks import (
     ROWS,
     group_of,
     load_block_entry,
+    load_plane,
     load_planes,
+    load_scale_column,
     load_scale_words,
+    low_plane,
+    scale_column,
     scales_of,
     unpack,
+    unpack_scaled,
     width_of,
 )
 from ciuic_kernels.work import ANY as _ANY_KIND
@@ -33,6 +39,12 @@ from ciuic_kernels.work import ANY_SPARSE as _ANY_SPARSE_KIND
 ANY = tl.constexpr(_ANY_KIND)
 ANY_SPARSE = tl.constexpr(_ANY_SPARSE_KIND)
 ANY_COLS = tl.constexpr(16)  # the least that an MMA takes
+
+
+@triton.constexpr_function
+def scales_meet_weights(tokens, dtype, plain):
+    """Whether it is weights that a tile of so many tokens multiplies by scales; interpreted, float16 may stand in."""
+    return tokens >= 64 and (dtype == tl.bfloat16 or plain)
 
 
 @triton.jit
@@ -62,6 +74,44 @@ def grid_block(
             total += part * scales[:, None]
             part = tl.zeros((ROWS, BM), tl.float32)
     return total
+
+
+@triton.jit
+def scaled_block(total, arena, entry, x_rows, KIND: tl.constexpr, BM: tl.constexpr, PLAIN: tl.constexpr):
+    """The same with scales on the weights, 64 columns at a time: one chain of sums.
+
+    What scales need of the block's table entry is loaded as a tensor, not as a number: the compiler moves a conversion
+    of the operand's layout up to loads only (RemoveLayoutConversions), and so loads all words in the MMA's layout.
+
+    Args:
+        entry: pointer to the block's table entry.
+    """
+    WIDTH: tl.constexpr = width_of(KIND)
+    SPAN: tl.constexpr = group_of(KIND)
+    LOW: tl.constexpr = low_plane(WIDTH)
+    DTYPE: tl.constexpr = x_rows.dtype.element_ty
+    both = entry.to(tl.pointer_type(tl.int64))
+    fields = tl.load(both)
+    offset = fields.to(tl.int32).to(tl.int64)
+    kblock = (fields >> 48).to(tl.int32)
+    own = tl.load(both + tl.zeros((1, 1), tl.int32))
+    exponent = ((own >> 32).to(tl.int32) >> 8) & 255
+    column = tl.arange(0, COLS // 2)[:, None]
+    x0 = tl.load(x_rows + (kblock * COLS + column))
+    x1 = tl.load(x_rows + (kblock * COLS + COLS // 2 + column))
+    tiles = arena.to(tl.pointer_type(tl.int16))
+    l0, l1, l2, l3 = load_plane(tiles, offset, 0, LOW)
+    if WIDTH > LOW:
+        h0, h1, h2, h3 = load_plane(tiles, offset, LOW, WIDTH - LOW)
+    else:
+        h0, h1, h2, h3 = l0, l1, l2, l3
+    words = load_scale_column(arena, own.to(tl.int32).to(tl.int64), WIDTH, SPAN)
+    s0 = scale_column(words, exponent, 0, PLAIN)
+    s1 = scale_column(words, exponent, 32 // SPAN, PLAIN)
+    total = tl.dot(unpack_scaled(l0, l1, h0, h1, s0, s1, WIDTH, 0, DTYPE, PLAIN), x0, total)
+    s2 = scale_column(words, exponent, 64 // SPAN, PLAIN)
+    s3 = scale_column(words, exponent, 96 // SPAN, PLAIN)
+    return tl.dot(unpack_scaled(l2, l3, h2, h3, s2, s3, WIDTH, 1, DTYPE, PLAIN), x1, total)
 
 
 @triton.jit
@@ -121,6 +171,10 @@ def add_blocks(
     if KIND >= ANY_SPARSE:
         for index in range(0, count):
             total = any_block(total, arena, blocks, index, x_rows, strip, n, k, BM, KIND == ANY_SPARSE, PLAIN)
+    elif scales_meet_weights(BM, x_rows.dtype.element_ty, PLAIN):
+        for _ in tl.range(0, count, num_stages=STAGES):
+            total = scaled_block(total, arena, blocks, x_rows, KIND, BM, PLAIN)
+            blocks += 2
     else:
         for index in tl.range(0, count, num_stages=STAGES):
             total = grid_block(total, arena, blocks, index, x_rows, KIND, BM, PLAIN)
