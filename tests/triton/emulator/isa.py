@@ -40,6 +40,7 @@ def _integers() -> dict[str, str]:
                 table |= {f"setp.{name}.{sign}{bits}": f"{name}{wide}" for sign in "bsu"}
         for name, same in _UNSIGNED.items():
             table[f"setp.{name}.u{bits}"] = f"{same}_u{wide}"
+    table |= {f"add.{kind}x2": "add16x2" for kind in ("s16", "u16")}
     table["shr.u16"] = table["shr.b16"] = "shr_u32"  # zeros are above
     for kind in ("s16", "u16", "s32", "u32"):
         table[f"mul.wide.{kind}"] = f"mulwide_{kind}"
@@ -56,6 +57,8 @@ def _floats() -> dict[str, str]:
     for name in ("add", "sub", "mul", "div", "fma"):
         table |= {f"{name}.rn.f32": f"{name}_f32"}
     table |= {f"{name}.f32": f"{name}_f32" for name in ("add", "sub", "mul", "neg", "abs", "max", "min")}
+    table |= {f"{name}.ftz.f32": f"{name}_ftz_f32" for name in ("add", "sub", "mul")}
+    table |= {f"{name}.rn.ftz.f32": f"{name}_ftz_f32" for name in ("add", "sub", "mul", "fma")}
     table |= {"max.NaN.f32": "max_nan_f32", "min.NaN.f32": "min_nan_f32", "div.full.f32": "div_f32"}
     table |= {"ex2.approx.f32": "ex2", "ex2.approx.ftz.f32": "ex2_ftz", "lg2.approx.f32": "lg2"}
     table |= {"lg2.approx.ftz.f32": "lg2_ftz", "rcp.approx.f32": "rcp", "rcp.rn.f32": "rcp"}
@@ -73,7 +76,9 @@ def _conversions() -> dict[str, str]:
         "cvt.f64.f32": "f64_of_f32", "cvt.rn.f32.f64": "f32_of_f64",
     }  # fmt: skip
     table |= {f"cvt.rn.f32.{kind}": f"f32_of_{kind}" for kind in ("s32", "u32", "s64", "u64")}
-    table |= {"cvt.rn.f32.u16": "f32_of_u32", "cvt.rn.f32.u8": "f32_of_u32"}
+    table |= {"cvt.rn.f32.u16": "f32_of_u32", "cvt.rn.f32.u8": "f32_of_u32", "cvt.rn.f32.s16": "f32_of_s16"}
+    table |= {f"cvt.rn.{to}.{kind}": f"{to}_of_{kind}" for to in ("bf16", "f16") for kind in ("s16", "u16")}
+    table |= {f"cvt.{to}16.s8": "signed8_16" for to in "su"}
     for sign in "su":
         for to in "su":
             table |= {f"cvt.{to}32.{sign}64": "low32", f"cvt.{to}64.{sign}64": "mov64"}
@@ -96,6 +101,8 @@ SPECIAL = {
 
 SPECIALS = len(SPECIAL)
 SHARED_BASE = 1024
+PARAMETER_BASE = 0x6000_0000_0000
+"""Where a kernel finds its parameters when it takes their addresses."""
 
 FLOAT16 = {
     "mul": ("a", "b", -0.0), "add": ("a", 1.0, "b"), "sub": ("b", -1.0, "a"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tests.triton.emulator.flow import joins
-from tests.triton.emulator.isa import DIRECT, FLOAT16, PAIRED, SHARED_BASE, SPECIAL, SPECIALS, bits_of_type
+from tests.triton.emulator.isa import DIRECT, FLOAT16, PAIRED, PARAMETER_BASE, SHARED_BASE, SPECIAL, SPECIALS, bits_of_type
 from tests.triton.emulator.parse import Function, Line, parse, split_operands
 
 ROOM = {32: "u32", 64: "u64", 1: "p"}
@@ -57,7 +57,8 @@ class Code:
     Attributes:
         instructions: ``(operation, guard or -1, negated, first operand)`` each; ``operands``: of all.
         lines: where each comes from.
-        constants: bits of the constants of 32 and 64 bits, and which of them a launch fills with its parameters.
+        constants: bits of the constants of 32 and 64 bits; ``parameters``: which of them a launch fills.
+        places: offset and bytes of each parameter.
         names: of the registers, for messages.
         grain: log2 of the bytes of the smallest access to shared memory.
     """
@@ -69,6 +70,7 @@ class Code:
     sizes: dict[str, int]
     constants: dict[str, list[int]]
     parameters: list[tuple[str, int] | None]
+    places: list[tuple[int, int]]
     names: dict[tuple[str, int], str]
     grain: int
 
@@ -116,6 +118,8 @@ class _Builder:
             return Ref("u32", ("special", text))
         if text.startswith("global_smem"):
             return self.constant(SHARED_BASE + int(text.partition("+")[2] or 0), file)
+        if self.function.is_entry and file == "u64" and text in dict(self.function.parameters):
+            return self.constant(PARAMETER_BASE + offsets(self.function)[text][0], file)
         if match := _FLOAT.match(text):
             return self.constant(int(match[1] or match[2], 16), file)
         if _NUMBER.match(text):
@@ -152,11 +156,20 @@ class _Builder:
             raise self.refuse(f"{len(operands)} operands instead of {len(kinds)}")
         files = [kind.replace("f", "u") for kind in kinds]
         narrow = opcode.endswith("16")
-        self.emit(
-            name,
-            self.register(operands[0], files[0]),
-            *(self.value(text, file, narrow) for text, file in zip(operands[1:], files[1:], strict=True)),
-        )
+        target = self.register(operands[0], files[0])
+        if opcode.startswith("cvt."):
+            self.emit(name, target, *(self.narrowed(text, file) for text, file in zip(operands[1:], files[1:], strict=True)))
+            return
+        values = (self.value(text, file, narrow) for text, file in zip(operands[1:], files[1:], strict=True))
+        self.emit(name, target, *values)
+
+    def narrowed(self, text: str, file: str, narrow: bool = False) -> Ref:
+        """The source of a conversion or a store, which may be in a wider register than its type."""
+        if file == "u32" and self.function.type_of(text) in ("b64", "s64", "u64"):
+            low = Ref("u32", (self.function.name, "low", text))
+            self.emit("low32", low, self.register(text, "u64"))
+            return low
+        return self.value(text, file, narrow)
 
     def move(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         """Pairs of registers in and out of a wider one, or a plain move, which may copy what nobody wrote."""
@@ -185,6 +198,9 @@ class _Builder:
         file = ROOM[max(32, bits)]
         memory, register = operands if match[1] == "st" else operands[::-1]
         name = memory.strip("[] ")
+        if self.function.type_of(name.partition("+")[0]):  # an address in a register
+            self.load("global", match[2], memory, [register])
+            return
         if self.function.is_entry and match[1] == "ld" and name in dict(self.function.parameters):
             place = [known for known, _ in self.function.parameters].index(name)
             slot = Ref(file, ("kernel parameter", place))
@@ -192,9 +208,9 @@ class _Builder:
         else:
             slot = Ref(file, (self.function.name, "parameter", name))
         if match[1] == "st":
-            self.emit(f"mov{max(32, bits)}", slot, self.value(register, file, bits == 16))
+            self.emit(f"mov{max(32, bits)}", slot, self.narrowed(register, file, bits == 16))
         else:
-            self.emit(f"mov{max(32, bits)}", self.register(register, file), slot)
+            self.widened(register, match[2], lambda to: self.emit(f"mov{max(32, bits)}", to, slot))
 
     def call(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         """Parameters are registers of the callee: nothing here calls itself."""
@@ -218,18 +234,37 @@ class _Builder:
     def memory(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         load, space, kind = match[1] == "ld", match[3], match[6]
         memory, values = operands if not load else operands[::-1]
-        nbytes = bits_of_type(kind) // 8
-        names = self.vector(values)
+        nbytes, names = bits_of_type(kind) // 8, self.vector(values)
         if space == "shared":
             self.smallest = min(self.smallest, nbytes * len(names))
+        if load:
+            self.load(space, kind, memory, names)
+            return
         base, offset = self.address(memory, "u64" if space == "global" else "u32")
-        file = "u64" if nbytes == 8 else "u32"
-        registers = [self.register(n, file) if load else self.value(n, file, nbytes == 2) for n in names]
-        name = f"{'load' if load else 'store'}_{space}"
-        self.emit(name, nbytes, len(names), base, offset, *registers)
-        if load and kind in ("s8", "s16"):
-            for register in registers:
-                self.emit("signed8" if kind == "s8" else "signed16", register, register)
+        registers = [self.narrowed(name, "u64" if nbytes == 8 else "u32", nbytes == 2) for name in names]
+        self.emit(f"store_{space}", nbytes, len(names), base, offset, *registers)
+
+    def load(self, space: str, kind: str, memory: str, names: list[str]) -> None:
+        nbytes = bits_of_type(kind) // 8
+        base, offset = self.address(memory, "u64" if space == "global" else "u32")
+        if len(names) > 1:
+            registers = [self.register(name, "u64" if nbytes == 8 else "u32") for name in names]
+            self.emit(f"load_{space}", nbytes, len(names), base, offset, *registers)
+        else:
+            self.widened(names[0], kind, lambda to: self.emit(f"load_{space}", nbytes, 1, base, offset, to))
+
+    def widened(self, name: str, kind: str, fill: Callable[[Ref], None]) -> None:
+        """Fill a register with a value of this type; in a wider one the sign goes on."""
+        wide, narrow = bits_of_type(self.function.type_of(name) or "b32"), bits_of_type(kind)
+        if max(wide, 32) > max(narrow, 32):
+            low = Ref("u32", (self.function.name, "low", name))
+            fill(low)
+            self.emit("sext64" if kind.startswith("s") else "zext64", self.register(name, "u64"), low)
+        else:
+            target = self.register(name, ROOM[max(narrow, 32)])
+            fill(target)
+            if kind in ("s8", "s16"):
+                self.emit({"s8": "signed8", "s16": "signed16"}[kind] + ("_16" if wide == 16 else ""), target, target)
 
     def copy(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         target, source, size, *taken = operands
@@ -263,6 +298,11 @@ class _Builder:
         values = [self.value(text, "u32") for text in sources]
         self.emit("shuffle", mode, self.register(target, "u32"), predicate, *values)
 
+    def redux(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
+        number = _REDUX.index(match[1])
+        target, *sources = operands
+        self.emit("redux", number, self.register(target, "u32"), *(self.value(text, "u32") for text in sources))
+
     def barrier(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         if len(operands) != 1 or not _NUMBER.match(operands[0]):
             raise self.refuse("only barriers of all threads are known")
@@ -284,7 +324,22 @@ class _Builder:
         self.emit(f"fma_{kind}", self.register(operands[0], "u32"), *values)
 
     def wgmma(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
-        raise self.refuse("wgmma is not there yet")
+        """Left operand in registers, or in shared memory like the right one."""
+        result, left, right, add, *scales = operands
+        in_shared = not left.startswith("{")
+        if scales[:2] != ["1", "1"]:
+            raise self.refuse("negated operands are not known")
+        majors = [int(text) for text in scales[2:]]
+        if _NUMBER.match(add):
+            when: object = -2 if int(add, 0) == 0 else -1
+        else:
+            when = self.register(add, "p")
+        first = [self.value(left, "u64"), majors[0]] if in_shared else [self.register(r, "u32") for r in self.vector(left)]
+        self.smallest = min(self.smallest, 4)
+        self.emit(
+            "wgmma", int(match[2] == "f16"), int(match[1]), when, self.value(right, "u64"), majors[-1],
+            int(in_shared), *first, *(self.register(name, "u32") for name in self.vector(result)),
+        )  # fmt: skip
 
     def plain(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         self.emit(_PLAIN[match[0]], *(int(text, 0) for text in operands))
@@ -299,6 +354,18 @@ def _pair(value: float, kind: str) -> int:
     return bits * 0x10001 if kind.endswith("x2") else bits
 
 
+def offsets(function: Function) -> dict[str, tuple[int, int]]:
+    """Where each parameter of a kernel lies and how many bytes it has."""
+    found, at = {}, 0
+    for name, kind in function.parameters:
+        nbytes = bits_of_type(kind) // 8
+        at = -(-at // nbytes) * nbytes
+        found[name] = (at, nbytes)
+        at += nbytes
+    return found
+
+
+_REDUX = ["add.s32", "and.b32", "or.b32", "xor.b32", "min.s32", "min.u32", "max.s32", "max.u32"]
 _PLAIN = {
     "ret": "ret", "trap": "trap", "cp.async.commit_group": "commit_copies", "wgmma.fence.sync.aligned": "wgmma_fence",
     "wgmma.commit_group.sync.aligned": "wgmma_commit", "wgmma.wait_group.sync.aligned": "wgmma_wait",
@@ -318,6 +385,7 @@ _PATTERNS: list[tuple[re.Pattern[str], _Method]] = [
     (_WGMMA, _Builder.wgmma),
     (_ATOMIC, _Builder.atomic),
     (re.compile(r"shfl\.sync\.(idx|up|down|bfly)\.b32$"), _Builder.shuffle),
+    (re.compile(r"redux\.sync\.([\w.]+)$"), _Builder.redux),
     (re.compile(r"(?:bar|barrier\.cta)\.sync(?:\.aligned)?$"), _Builder.barrier),
     (re.compile(r"cp\.async\.wait_(?:group|all)$"), _Builder.wait),
     (re.compile(r"bra(\.uni)?$"), _Builder.branch),
@@ -385,5 +453,5 @@ def _numbered(builder: _Builder, numbers: dict[str, int], starts: dict[object, i
     names = {(ref.file, place): str(ref.name[-1]) for ref, place in places.items()}  # type: ignore[index]
     return Code(
         instructions, operands, [op.line for op in builder.ops], starts["function", entry.name], sizes, constants,
-        parameters, names, builder.smallest.bit_length() - 1,
+        parameters, list(offsets(entry).values()), names, builder.smallest.bit_length() - 1,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.triton.emulator.isa import PARAMETER_BASE
 from tests.triton.emulator.lower import Code, lower
 from tests.triton.emulator.parse import Line
 from tests.triton.measurement import CACHE
@@ -201,6 +202,10 @@ class Kernel:
             code.sizes["u64"] + 1, code.sizes["p"] + 1, len(code.constants["u32"]), len(code.constants["u64"]),
             values["u32"].ctypes.data, values["u64"].ctypes.data, self.warps, self.shared, code.grain,
         )  # fmt: skip
+        passed = np.zeros(sum(code.places[-1]) if code.places else 0, np.uint8)
+        for bits, (at, nbytes) in zip(parameters, code.places, strict=True):
+            passed[at : at + nbytes] = np.array([bits], np.uint64).view(np.uint8)[:nbytes]
+        regions = [*regions, Region(PARAMETER_BASE, passed, "the parameters", writable=False)]
         ordered = sorted(regions, key=lambda region: region.address)
         table, kept = (_Region * max(len(ordered), 1))(), []
         for entry, region in zip(table, ordered, strict=False):

@@ -54,7 +54,8 @@ typedef struct {
 typedef struct {
     u32 write_epoch, write_step, read_epoch, read_step, readers, write_proxy;
     u8 write_warp, write_lane, read_warp, read_lane;
-    u8 state, held; /* held: by how many wgmma in flight */
+    u8 state;
+    u16 held; /* by how many reads of wgmma in flight */
 } Grain;
 enum { UNWRITTEN, WRITTEN, IN_FLIGHT };
 
@@ -65,8 +66,8 @@ typedef struct {
 } Copy;
 
 typedef struct {
-    i32 group;
-    u32 grain;
+    i32 group, what; /* a grain, a result or an operand of a wgmma (wgmma.h) */
+    u32 which;
 } Hold;
 
 typedef struct {
@@ -154,7 +155,7 @@ static inline u32 read_predicate(Machine *m, i32 p, u32 mask)
 
 static inline void before_write32(Machine *m, i32 r)
 {
-    if (m->warp->held[r]) fail(m, F_register_held_by_wgmma, 0, 0, r, 32);
+    if (m->warp->held[r] || m->warp->accumulating[r]) fail(m, F_register_held_by_wgmma, 0, 0, r, 32);
     m->warp->fence_at[r] = m->warp->fences;
 }
 

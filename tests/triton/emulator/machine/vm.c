@@ -18,7 +18,8 @@ enum {
 #undef ALU3
 #undef ALU4
 #undef COMPARE
-#define CONTROL(X) X(select32, "u32 u32 u32 p") X(select64, "u64 u64 u64 p") X(and_p, "p p p") X(or_p, "p p p") X(xor_p, "p p p") \
+#define CONTROL(X) X(mov32, "u32 u32") X(mov64, "u64 u64") X(pack16, "u32 u32 u32") X(pack32, "u64 u32 u32") X(redux, "") \
+    X(select32, "u32 u32 u32 p") X(select64, "u64 u64 u64 p") X(and_p, "p p p") X(or_p, "p p p") X(xor_p, "p p p") \
     X(not_p, "p p") X(mov_p, "p p") X(true_p, "p") X(false_p, "p") \
     X(load_global, "") X(store_global, "") X(load_shared, "") X(store_shared, "") X(copy_async, "") X(add_global, "") \
     X(commit_copies, "") X(wait_copies, "") X(shuffle, "") X(mma, "") X(ldmatrix, "") X(stmatrix, "") \
@@ -143,6 +144,72 @@ static void shuffle(Machine *m, const i32 *args, u32 mask)
     if (args[2] >= 0) write_predicate(m, args[2], mask, inside);
 }
 
+/* Copies may be of what nobody wrote: the compiler makes them of values that it knows to be unused. */
+static void move32(Machine *m, const i32 *args, u32 mask)
+{
+    Warp *w = m->warp;
+    u32 bad = w->undefined32[args[1]] & mask;
+    if (bad && w->accumulating[args[1]]) read32(m, args[1], mask);
+    u32 t[LANES];
+    memcpy(t, w->r + (size_t)args[1] * LANES, sizeof t);
+    write32(m, args[0], mask, t);
+    w->undefined32[args[0]] |= bad;
+}
+
+static void move64(Machine *m, const i32 *args, u32 mask)
+{
+    u64 t[LANES];
+    u32 bad = m->warp->undefined64[args[1]] & mask;
+    memcpy(t, m->warp->d + (size_t)args[1] * LANES, sizeof t);
+    write64(m, args[0], mask, t);
+    m->warp->undefined64[args[0]] |= bad;
+}
+
+/* Half of a pair may be of what nobody wrote; it is NaN in every format then. */
+static void pack(Machine *m, const i32 *args, u32 mask, int wide)
+{
+    Warp *w = m->warp;
+    u32 none[2], narrow[LANES], garbage = wide ? 0x7FBAFFAB : 0xFFAB;
+    u64 t[LANES];
+    for (int i = 0; i < 2; i++) {
+        none[i] = w->undefined32[args[1 + i]];
+        if (none[i] & mask && w->accumulating[args[1 + i]]) read32(m, args[1 + i], mask);
+    }
+    const u32 *a = w->r + (size_t)args[1] * LANES, *b = w->r + (size_t)args[2] * LANES;
+    for (int l = 0; l < LANES; l++) {
+        u32 low = none[0] >> l & 1 ? garbage : a[l], high = none[1] >> l & 1 ? garbage : b[l];
+        if (wide) t[l] = (u64)high << 32 | low;
+        else narrow[l] = high << 16 | (low & 0xFFFF);
+    }
+    if (wide) write64(m, args[0], mask, t), w->undefined64[args[0]] |= none[0] & none[1] & mask;
+    else write32(m, args[0], mask, narrow), w->undefined32[args[0]] |= none[0] & none[1] & mask;
+}
+
+/* args: operation (0 add, 1 and, 2 or, 3 xor, 4 to 7 min and max, signed and unsigned), result, value, members */
+static void redux(Machine *m, const i32 *args, u32 mask)
+{
+    const u32 *members = read32(m, args[3], mask), *value = read32(m, args[2], mask);
+    u32 result = 0, t[LANES], first = 1;
+    for (int l = 0; l < LANES; l++) {
+        if (!(mask >> l & 1)) continue;
+        if (members[l] != mask) fail(m, F_divergent, l, 0, 0, 0);
+        u32 v = value[l];
+        switch (args[0]) {
+        case 0: result += v; break;
+        case 1: result = first ? v : result & v; break;
+        case 2: result |= v; break;
+        case 3: result ^= v; break;
+        case 4: result = first || (i32)v < (i32)result ? v : result; break;
+        case 5: result = first || v < result ? v : result; break;
+        case 6: result = first || (i32)v > (i32)result ? v : result; break;
+        default: result = first || v > result ? v : result;
+        }
+        first = 0;
+    }
+    for (int l = 0; l < LANES; l++) t[l] = result;
+    write32(m, args[1], mask, t);
+}
+
 /* The warp runs until a barrier or its end. */
 static void run_warp(Machine *m)
 {
@@ -180,6 +247,11 @@ static void run_warp(Machine *m)
     u32 t = 0; for (int l = 0; l < LANES; l++) { A a = x0[l], b = x1[l]; t |= (u32)(__VA_ARGS__) << l; } \
     write_predicate(m, args[0], mask, t); break; }
 #include "alu.h"
+        case OP_mov32: move32(m, args, mask); break;
+        case OP_mov64: move64(m, args, mask); break;
+        case OP_pack16: pack(m, args, mask, 0); break;
+        case OP_pack32: pack(m, args, mask, 1); break;
+        case OP_redux: redux(m, args, mask); break;
         case OP_select32: {
             u32 p = read_predicate(m, args[3], mask), t[LANES];
             const u32 *a = read32(m, args[1], mask & p), *b = read32(m, args[2], mask & ~p);
