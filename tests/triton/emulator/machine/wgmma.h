@@ -64,7 +64,7 @@ static u32 descriptor_address(Machine *m, u64 descriptor, i32 row, i32 k, i32 ro
     else
         at = (row / 8) * stride + row % 8 * 2 + (k / 8) * leading + (k % 8) * 16;
     at += start;
-    if (mode) at ^= (at >> 7 & (8 >> mode) - 1) << 4;
+    if (mode) at ^= (at >> 7 & ((16 >> mode) - 1)) << 4;
     return at;
 }
 
