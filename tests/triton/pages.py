@@ -122,7 +122,7 @@ def exact_attention(
         x.repeat_interleave(repeats, 1) for x in (pages.keys, pages.values, pages.middles)
     )
     values = others if rope is None else keys
-    unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}[query.dtype]
+    unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[query.dtype]
     q = query.double()
     scores = q @ keys.mT
     size = q.abs() @ ((keys - middles).abs() + middles.abs()).mT

@@ -3,6 +3,8 @@
    u32 and f32 are 32-bit registers (16-bit values have zeros above), u64 and f64 are 64-bit registers. A comparison
    gives a predicate. Included several times, with other macros. */
 
+ALU1(mov32, u32, u32, a)
+ALU1(mov64, u64, u64, a)
 ALU1(not32, u32, u32, ~a)
 ALU1(not64, u64, u64, ~a)
 ALU1(not16, u32, u32, ~a & 0xFFFF)

@@ -129,6 +129,25 @@ static inline void need_all(Machine *m, u32 mask)
     if (!full(mask)) fail(m, F_divergent, __builtin_ctz(~mask), 0, 0, 0);
 }
 
+/* What nobody wrote may be moved and computed with, as long as nothing comes of it: compilers do that with lanes that
+   they do not need. bad gathers the lanes whose result is undefined. */
+static inline const u32 *peek32(Machine *m, i32 r, u32 mask, u32 *bad)
+{
+    u32 undefined = m->warp->undefined32[r] & mask;
+    if (undefined) {
+        if (m->warp->accumulating[r]) fail(m, F_register_held_by_wgmma, __builtin_ctz(undefined), 0, r, 32);
+        *bad |= undefined;
+    }
+    return m->warp->r + (size_t)r * LANES;
+}
+
+static inline const u64 *peek64(Machine *m, i32 d, u32 mask, u32 *bad)
+{
+    *bad |= m->warp->undefined64[d] & mask;
+    return m->warp->d + (size_t)d * LANES;
+}
+
+/* For what has an effect: addresses, what is stored, operands of matrix instructions. */
 static inline const u32 *read32(Machine *m, i32 r, u32 mask)
 {
     u32 bad = m->warp->undefined32[r] & mask;

@@ -18,7 +18,7 @@ enum {
 #undef ALU3
 #undef ALU4
 #undef COMPARE
-#define CONTROL(X) X(mov32, "u32 u32") X(mov64, "u64 u64") X(pack16, "u32 u32 u32") X(pack32, "u64 u32 u32") X(redux, "") \
+#define CONTROL(X) X(pack16, "u32 u32 u32") X(pack32, "u64 u32 u32") X(redux, "") \
     X(select32, "u32 u32 u32 p") X(select64, "u64 u64 u64 p") X(and_p, "p p p") X(or_p, "p p p") X(xor_p, "p p p") \
     X(not_p, "p p") X(mov_p, "p p") X(true_p, "p") X(false_p, "p") \
     X(load_global, "") X(store_global, "") X(load_shared, "") X(store_shared, "") X(copy_async, "") X(add_global, "") \
@@ -50,13 +50,13 @@ const char *const operations[] = {
 #define NAME(name) #name,
 const char *const faults[] = {FAULTS(NAME) NULL};
 
-#define READ_u32(i) read32(m, args[i], mask)
-#define READ_f32(i) (const f32 *)read32(m, args[i], mask)
-#define READ_u64(i) read64(m, args[i], mask)
-#define READ_f64(i) (const f64 *)read64(m, args[i], mask)
-#define WRITE_u32 write32(m, args[0], mask, (const u32 *)t)
+#define READ_u32(i) peek32(m, args[i], mask, &bad)
+#define READ_f32(i) (const f32 *)peek32(m, args[i], mask, &bad)
+#define READ_u64(i) peek64(m, args[i], mask, &bad)
+#define READ_f64(i) (const f64 *)peek64(m, args[i], mask, &bad)
+#define WRITE_u32 write32(m, args[0], mask, (const u32 *)t), w->undefined32[args[0]] |= bad
 #define WRITE_f32 WRITE_u32
-#define WRITE_u64 write64(m, args[0], mask, (const u64 *)t)
+#define WRITE_u64 write64(m, args[0], mask, (const u64 *)t), w->undefined64[args[0]] |= bad
 #define WRITE_f64 WRITE_u64
 
 static void load(Machine *m, const i32 *args, u32 mask, int global)
@@ -125,8 +125,8 @@ static void shuffle(Machine *m, const i32 *args, u32 mask)
     const u32 *members = read32(m, args[6], mask);
     for (int l = 0; l < LANES; l++)
         if (mask >> l & 1 && members[l] != mask) fail(m, F_divergent, l, 0, 0, 0);
-    const u32 *value = read32(m, args[3], mask), *which = read32(m, args[4], mask), *clamp = read32(m, args[5], mask);
-    u32 result[LANES], inside = 0;
+    u32 result[LANES], inside = 0, lost = 0, bad = 0;
+    const u32 *value = peek32(m, args[3], mask, &lost), *which = read32(m, args[4], mask), *clamp = read32(m, args[5], mask);
     for (int l = 0; l < LANES; l++) {
         u32 segment = clamp[l] >> 8 & 31, limit = (l & segment) | ((clamp[l] & 31) & ~segment);
         u32 b = which[l] & 31, j;
@@ -138,31 +138,12 @@ static void shuffle(Machine *m, const i32 *args, u32 mask)
         if (!in) j = l;
         if (mask >> l & 1 && !(mask >> (j & 31) & 1)) fail(m, F_divergent, l, 0, 0, 0);
         result[l] = value[j & 31];
+        bad |= (lost >> (j & 31) & 1) << l & mask;
         inside |= (u32)in << l;
     }
     write32(m, args[1], mask, result);
+    m->warp->undefined32[args[1]] |= bad;
     if (args[2] >= 0) write_predicate(m, args[2], mask, inside);
-}
-
-/* Copies may be of what nobody wrote: the compiler makes them of values that it knows to be unused. */
-static void move32(Machine *m, const i32 *args, u32 mask)
-{
-    Warp *w = m->warp;
-    u32 bad = w->undefined32[args[1]] & mask;
-    if (bad && w->accumulating[args[1]]) read32(m, args[1], mask);
-    u32 t[LANES];
-    memcpy(t, w->r + (size_t)args[1] * LANES, sizeof t);
-    write32(m, args[0], mask, t);
-    w->undefined32[args[0]] |= bad;
-}
-
-static void move64(Machine *m, const i32 *args, u32 mask)
-{
-    u64 t[LANES];
-    u32 bad = m->warp->undefined64[args[1]] & mask;
-    memcpy(t, m->warp->d + (size_t)args[1] * LANES, sizeof t);
-    write64(m, args[0], mask, t);
-    m->warp->undefined64[args[0]] |= bad;
 }
 
 /* Half of a pair may be of what nobody wrote; it is NaN in every format then. */
@@ -229,9 +210,9 @@ static void run_warp(Machine *m)
             mask &= x->negate ? ~guard : guard;
         }
         path->pc++;
+        u32 bad = 0;
         if (!mask && x->op != OP_branch) continue;
         switch (x->op) {
-#define BODY(T, expression) { T t[LANES]; for (int l = 0; l < LANES; l++) t[l] = expression; WRITE_##T; break; }
 #define ALU1(name, D, A, ...) case OP_##name: { const A *x0 = READ_##A(1); \
     D t[LANES]; for (int l = 0; l < LANES; l++) { A a = x0[l]; t[l] = (D)(__VA_ARGS__); } WRITE_##D; break; }
 #define ALU2(name, D, A, B, ...) case OP_##name: { const A *x0 = READ_##A(1); const B *x1 = READ_##B(2); \
@@ -245,33 +226,48 @@ static void run_warp(Machine *m)
     WRITE_##D; break; }
 #define COMPARE(name, A, ...) case OP_##name: { const A *x0 = READ_##A(1), *x1 = READ_##A(2); \
     u32 t = 0; for (int l = 0; l < LANES; l++) { A a = x0[l], b = x1[l]; t |= (u32)(__VA_ARGS__) << l; } \
-    write_predicate(m, args[0], mask, t); break; }
+    write_predicate(m, args[0], mask, t); w->undefined_p[args[0]] |= bad; break; }
 #include "alu.h"
-        case OP_mov32: move32(m, args, mask); break;
-        case OP_mov64: move64(m, args, mask); break;
         case OP_pack16: pack(m, args, mask, 0); break;
         case OP_pack32: pack(m, args, mask, 1); break;
         case OP_redux: redux(m, args, mask); break;
         case OP_select32: {
-            u32 p = read_predicate(m, args[3], mask), t[LANES];
-            const u32 *a = read32(m, args[1], mask & p), *b = read32(m, args[2], mask & ~p);
+            u32 p = w->p[args[3]], t[LANES];
+            const u32 *a = peek32(m, args[1], mask & p, &bad), *b = peek32(m, args[2], mask & ~p, &bad);
             for (int l = 0; l < LANES; l++) t[l] = p >> l & 1 ? a[l] : b[l];
-            write32(m, args[0], mask, t);
+            bad |= w->undefined_p[args[3]] & mask;
+            WRITE_u32;
             break;
         }
         case OP_select64: {
-            u32 p = read_predicate(m, args[3], mask);
-            const u64 *a = read64(m, args[1], mask & p), *b = read64(m, args[2], mask & ~p);
+            u32 p = w->p[args[3]];
+            const u64 *a = peek64(m, args[1], mask & p, &bad), *b = peek64(m, args[2], mask & ~p, &bad);
             u64 t[LANES];
             for (int l = 0; l < LANES; l++) t[l] = p >> l & 1 ? a[l] : b[l];
-            write64(m, args[0], mask, t);
+            bad |= w->undefined_p[args[3]] & mask;
+            WRITE_u64;
             break;
         }
-        case OP_and_p: write_predicate(m, args[0], mask, read_predicate(m, args[1], mask) & read_predicate(m, args[2], mask)); break;
-        case OP_or_p: write_predicate(m, args[0], mask, read_predicate(m, args[1], mask) | read_predicate(m, args[2], mask)); break;
-        case OP_xor_p: write_predicate(m, args[0], mask, read_predicate(m, args[1], mask) ^ read_predicate(m, args[2], mask)); break;
-        case OP_not_p: write_predicate(m, args[0], mask, ~read_predicate(m, args[1], mask)); break;
-        case OP_mov_p: write_predicate(m, args[0], mask, read_predicate(m, args[1], mask)); break;
+        case OP_and_p:
+        case OP_or_p: {
+            /* one false, or one true, decides */
+            i32 a = args[1], b = args[2];
+            u32 decides = x->op == OP_or_p ? 0 : ~0u;
+            bad = (w->undefined_p[a] | w->undefined_p[b]) & mask;
+            bad &= ~(~w->undefined_p[a] & (w->p[a] ^ decides)) & ~(~w->undefined_p[b] & (w->p[b] ^ decides));
+            write_predicate(m, args[0], mask, x->op == OP_or_p ? w->p[a] | w->p[b] : w->p[a] & w->p[b]);
+            w->undefined_p[args[0]] |= bad;
+            break;
+        }
+        case OP_xor_p:
+        case OP_not_p:
+        case OP_mov_p: {
+            i32 a = args[1], b = x->op == OP_xor_p ? args[2] : a;
+            bad = (w->undefined_p[a] | w->undefined_p[b]) & mask;
+            write_predicate(m, args[0], mask, x->op == OP_xor_p ? w->p[a] ^ w->p[b] : x->op == OP_not_p ? ~w->p[a] : w->p[a]);
+            w->undefined_p[args[0]] |= bad;
+            break;
+        }
         case OP_true_p: write_predicate(m, args[0], mask, ~0u); break;
         case OP_false_p: write_predicate(m, args[0], mask, 0); break;
         case OP_load_global: load(m, args, mask, 1); break;
