@@ -10,7 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -61,7 +61,9 @@ class Compiler:
 
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)]
+        )
         environment["TRITON_CACHE_DIR"] = str(CACHE / "triton")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.triton.emulator.compiler"],
@@ -122,6 +124,8 @@ if __name__ == "__main__":
     # The answers go where nothing else prints.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    from tests.triton.emulator import compiler as this  # what is pickled belongs to the module, not to __main__
+    from tests.triton.emulator import (
+        compiler as this,
+    )  # what is pickled belongs to the module, not to __main__
 
     this._serve(sys.stdin.buffer, answers)

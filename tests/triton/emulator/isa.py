@@ -7,9 +7,23 @@ from __future__ import annotations
 
 import re
 
-
 _UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-_FLOAT_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
+_FLOAT_COMPARISONS = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "equ",
+    "neu",
+    "ltu",
+    "leu",
+    "gtu",
+    "geu",
+    "num",
+    "nan",
+)
 
 
 def _integers() -> dict[str, str]:
@@ -18,7 +32,11 @@ def _integers() -> dict[str, str]:
         for sign in "su":
             kind = f"{sign}{bits}"
             table |= {f"{name}.{kind}": f"{name}{bits}" for name in ("add", "sub")}
-            table |= {f"mul.lo.{kind}": f"mul{bits}", f"div.{kind}": f"div_{kind}", f"rem.{kind}": f"rem_{kind}"}
+            table |= {
+                f"mul.lo.{kind}": f"mul{bits}",
+                f"div.{kind}": f"div_{kind}",
+                f"rem.{kind}": f"rem_{kind}",
+            }
             table |= {f"{name}.{kind}": f"{name}_{kind}" for name in ("min", "max")}
             table |= {f"shr.{kind}": f"shr_{kind}"}
             if bits > 16:
@@ -82,7 +100,10 @@ def _conversions() -> dict[str, str]:
     for sign in "su":
         for to in "su":
             table |= {f"cvt.{to}32.{sign}64": "low32", f"cvt.{to}64.{sign}64": "mov64"}
-            table |= {f"cvt.{to}32.{sign}32": "mov32", f"cvt.{to}64.{sign}32": f"{sign.replace('u', 'z')}ext64"}
+            table |= {
+                f"cvt.{to}32.{sign}32": "mov32",
+                f"cvt.{to}64.{sign}32": f"{sign.replace('u', 'z')}ext64",
+            }
             table |= {f"cvt.{to}16.{sign}32": "low16", f"cvt.{to}16.{sign}16": "low16"}
             table |= {f"cvt.{to}32.{sign}16": "signed16" if sign == "s" else "low16"}
             table |= {f"cvt.{to}32.{sign}8": "signed8" if sign == "s" else "low8"}

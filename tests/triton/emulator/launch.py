@@ -20,7 +20,10 @@ Compiled kernels are kept in ``.cache/triton``; a new one takes seconds.
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import inspect
+import pkgutil
 import struct
 import sys
 import time
@@ -120,7 +123,9 @@ def _bits(value: Any, memory: Memory) -> int:
 
 @cache
 def _compiler() -> Compiler:
-    return Compiler()
+    compiler = Compiler()
+    atexit.register(compiler.close)
+    return compiler
 
 
 _known: dict[str, Compiled] = {}
@@ -134,7 +139,14 @@ def _compiled(request: Request) -> Compiled:
             return (value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31, value < 1 << 63)
         return type(value) if isinstance(value, float) else value
 
-    key = repr((request.kernel, request.capability, [*map(seen, request.arguments)], sorted(request.settings.items())))
+    key = repr(
+        (
+            request.kernel,
+            request.capability,
+            [*map(seen, request.arguments)],
+            sorted(request.settings.items()),
+        )
+    )
     if key not in _known:
         _known[key] = _compiler().compile(request)
     return _known[key]
@@ -173,9 +185,6 @@ def emulated(capability: int, order: str | int = "forwards") -> Iterator[Gpu]:
 
 
 def _import_kernels() -> None:
-    import importlib
-    import pkgutil
-
     import ciuic_kernels.triton
 
     for module in pkgutil.iter_modules(ciuic_kernels.triton.__path__):

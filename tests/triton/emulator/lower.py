@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tests.triton.emulator.flow import joins
-from tests.triton.emulator.isa import DIRECT, FLOAT16, PAIRED, PARAMETER_BASE, SHARED_BASE, SPECIAL, SPECIALS, bits_of_type
+from tests.triton.emulator.isa import (
+    DIRECT,
+    FLOAT16,
+    PAIRED,
+    PARAMETER_BASE,
+    SHARED_BASE,
+    SPECIAL,
+    SPECIALS,
+    bits_of_type,
+)
 from tests.triton.emulator.parse import Function, Line, parse, split_operands
 
 ROOM = {32: "u32", 64: "u64", 1: "p"}
@@ -158,7 +167,11 @@ class _Builder:
         narrow = opcode.endswith("16")
         target = self.register(operands[0], files[0])
         if opcode.startswith("cvt."):
-            self.emit(name, target, *(self.narrowed(text, file) for text, file in zip(operands[1:], files[1:], strict=True)))
+            self.emit(
+                name,
+                target,
+                *(self.narrowed(text, file) for text, file in zip(operands[1:], files[1:], strict=True)),
+            )
             return
         values = (self.value(text, file, narrow) for text, file in zip(operands[1:], files[1:], strict=True))
         self.emit(name, target, *values)
@@ -176,7 +189,11 @@ class _Builder:
         target, source = operands
         bits = bits_of_type(match[1])
         if target.startswith("{"):
-            parts = [bits_of_type(self.function.type_of(name) or "b32") for name in self.vector(target) if name != "_"]
+            parts = [
+                bits_of_type(self.function.type_of(name) or "b32")
+                for name in self.vector(target)
+                if name != "_"
+            ]
             low, high = ("low16", "high16") if parts[0] == 16 else ("low32", "high32")
             for name, part in zip((low, high), self.vector(target), strict=True):
                 if part != "_":
@@ -191,7 +208,9 @@ class _Builder:
                 self.emit("mov_p", self.register(target, "p"), self.register(source, "p"))
         else:
             file = ROOM[max(bits, 32)]
-            self.emit(f"mov{max(bits, 32)}", self.register(target, file), self.value(source, file, bits == 16))
+            self.emit(
+                f"mov{max(bits, 32)}", self.register(target, file), self.value(source, file, bits == 16)
+            )
 
     def parameter(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         bits = bits_of_type(match[2])
@@ -264,7 +283,9 @@ class _Builder:
             target = self.register(name, ROOM[max(narrow, 32)])
             fill(target)
             if kind in ("s8", "s16"):
-                self.emit({"s8": "signed8", "s16": "signed16"}[kind] + ("_16" if wide == 16 else ""), target, target)
+                self.emit(
+                    {"s8": "signed8", "s16": "signed16"}[kind] + ("_16" if wide == 16 else ""), target, target
+                )
 
     def copy(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         target, source, size, *taken = operands
@@ -301,7 +322,9 @@ class _Builder:
     def redux(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         number = _REDUX.index(match[1])
         target, *sources = operands
-        self.emit("redux", number, self.register(target, "u32"), *(self.value(text, "u32") for text in sources))
+        self.emit(
+            "redux", number, self.register(target, "u32"), *(self.value(text, "u32") for text in sources)
+        )
 
     def barrier(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
         if len(operands) != 1 or not _NUMBER.match(operands[0]):
@@ -320,7 +343,10 @@ class _Builder:
         kind = match[3]
         a, b = (self.value(text, "u32") for text in operands[1:])
         named = {"a": a, "b": b}
-        values = [named[x] if isinstance(x, str) else self.constant(_pair(x, kind), "u32") for x in FLOAT16[match[1]]]
+        values = [
+            named[x] if isinstance(x, str) else self.constant(_pair(x, kind), "u32")
+            for x in FLOAT16[match[1]]
+        ]
         self.emit(f"fma_{kind}", self.register(operands[0], "u32"), *values)
 
     def wgmma(self, match: re.Match[str], operands: tuple[str, ...]) -> None:
@@ -334,7 +360,11 @@ class _Builder:
             when: object = -2 if int(add, 0) == 0 else -1
         else:
             when = self.register(add, "p")
-        first = [self.value(left, "u64"), majors[0]] if in_shared else [self.register(r, "u32") for r in self.vector(left)]
+        first = (
+            [self.value(left, "u64"), majors[0]]
+            if in_shared
+            else [self.register(r, "u32") for r in self.vector(left)]
+        )
         self.smallest = min(self.smallest, 4)
         self.emit(
             "wgmma", int(match[2] == "f16"), int(match[1]), when, self.value(right, "u64"), majors[-1],

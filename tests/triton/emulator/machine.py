@@ -35,7 +35,10 @@ class _Program(ctypes.Structure):
     _fields_ = (
         ("code", ctypes.c_void_p),
         ("args", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("entry", "n32", "n64", "predicates", "constants32", "constants64")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("entry", "n32", "n64", "predicates", "constants32", "constants64")
+        ),
         ("values32", ctypes.c_void_p),
         ("values64", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("warps", "shared_bytes", "grain")),
@@ -78,7 +81,9 @@ class _Fault(ctypes.Structure):
 def compiler() -> str | None:
     """The system's C compiler."""
     named = os.environ.get("CC")
-    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    return (
+        shutil.which(named) if named else next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    )
 
 
 @cache
@@ -212,12 +217,18 @@ class Kernel:
             writer = np.zeros((region.host.nbytes + 3) // 2, np.uint64) if region.writable else None
             kept.append(writer)
             written = region.written.ctypes.data if region.written is not None else None
-            entry.address, entry.bytes, entry.host = region.address, region.host.nbytes, region.host.ctypes.data
+            entry.address, entry.bytes, entry.host = (
+                region.address,
+                region.host.nbytes,
+                region.host.ctypes.data,
+            )
             entry.written, entry.writer = written, None if writer is None else writer.ctypes.data
         if order is None:
             order = np.arange(grid[0] * grid[1] * grid[2])
         order = np.ascontiguousarray(order, np.int64)
-        launch = _Launch(table, len(ordered), (ctypes.c_int32 * 3)(*grid), order.ctypes.data, len(order), seed, 0, LIMIT)
+        launch = _Launch(
+            table, len(ordered), (ctypes.c_int32 * 3)(*grid), order.ctypes.data, len(order), seed, 0, LIMIT
+        )
         fault = _Fault()
         if library().run(ctypes.byref(program), ctypes.byref(launch), ctypes.byref(fault)):
             raise self._explained(fault, ordered)
@@ -230,7 +241,11 @@ class Kernel:
         what = kind.replace("_", " ")
         if kind.startswith("global"):
             index = fault.detail if kind == "global_race" else fault.other
-            near = f"{regions[index].name} + {fault.address - regions[index].address}" if index >= 0 else "no tensor"
+            near = (
+                f"{regions[index].name} + {fault.address - regions[index].address}"
+                if index >= 0
+                else "no tensor"
+            )
             what += f" at {near}"
             if index >= 0:
                 what += f" of {regions[index].host.nbytes} bytes"

@@ -132,7 +132,11 @@ def _pointed_at(tensor: torch.Tensor) -> list[tuple[int, int]]:
         return []
     found = set()
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        if (
+            issubclass(type(thing), torch.Tensor)
+            and thing.device.type == "cpu"
+            and thing.layout == torch.strided
+        ):
             storage = thing.untyped_storage()
             begin = storage.data_ptr()
             end = begin + storage.nbytes()

@@ -161,9 +161,7 @@ def _statement(
     guard, arguments = match[2] or "", match[4]
     if any(scopes):
         guard, arguments = (re.sub(r"[%\w$]+", named, part) for part in (guard, arguments))
-    function.lines.append(
-        Line(match[3], split_operands(arguments), guard, match[1] == "!", line, source)
-    )
+    function.lines.append(Line(match[3], split_operands(arguments), guard, match[1] == "!", line, source))
 
 
 def _declare(function: Function, kind: str, name: str, scopes: list[dict[str, str]], scope: int) -> None:
