@@ -90,28 +90,23 @@ class Compiler:
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     import triton
 
-    from tests.triton.ahead import StandIn
+    from tests.triton.standin import StandIn
 
-    driver = StandIn()
-    triton.runtime.driver.set_active(driver)
     while True:
         try:
             request: Request = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer = _compiled(request, driver)
+            triton.runtime.driver.set_active(StandIn(request.capability))
+            answer = _compiled(request)
         except Exception as error:  # the asker raises it
             answer = Compiled(error=f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)
         answers.flush()
 
 
-def _compiled(request: Request, driver: Any) -> Compiled:
-    from triton.backends.compiler import GPUTarget
-
-    driver.get_current_target = lambda: GPUTarget("cuda", request.capability, 32)
-    driver.get_current_device = lambda: request.capability  # what is compiled is kept by device
+def _compiled(request: Request) -> Compiled:
     module, _, name = request.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     built = kernel.warmup(*request.arguments, grid=(1,), **request.settings)
