@@ -146,7 +146,7 @@ def test_fused_multiply_adds_round_once(half: bool) -> None:
         ("cvt.rn.bf16x2.f32 %r5, 0f3F800000, 0f40000000;", 0x3F804000),
         ("cvt.rn.f16x2.f32 %r5, 0f3F800000, 0f40000000;", 0x3C004000),
         ("prmt.b32 %r5, 0x89ABCDEF, 0x11223344, 0xB610;", 0xFF22CDEF),
-        ("lop3.b32 %r5, 0x89ABCDEF, 0x12345678, 0x33333333, 0xE4;", (0x89ABCDEF & 0x33333333) | (0x12345678 & 0xCCCCCCCC)),
+        ("lop3.b32 %r5, 0x89ABCDEF, 0x12345678, 0x33333333, 0xE4;", 0x01230123 | 0x00044448),
         ("{ .reg .b32 t; mov.b32 t, 7; add.s32 %r5, t, 1; }", 8),
         ("setp.lt.s32 %p1, %r1, 0; selp.b32 %r5, 1, 2, %p1;", 2),
         ("@!%p9 mov.b32 %r5, 9;", 9),
@@ -227,7 +227,8 @@ WGMMA = """
     bfe.u32 %r6, %r2, 4, 14; cvt.u64.u32 %rd6, %r6; or.b64 %rd7, %rd6, {descriptor};
     {values}
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r20,%r21,%r22,%r23}}, {{%r10,%r11,%r12,%r13}}, %rd7, 0, 1, 1, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r20,%r21,%r22,%r23}}, {{%r10,%r11,%r12,%r13}},
+        %rd7, 0, 1, 1, 0;
     wgmma.commit_group.sync.aligned;
     {wait}
     shr.u32 %r30, %r1, 2; shl.b32 %r31, %r1, 1; and.b32 %r31, %r31, 6; bfe.u32 %r32, %r1, 5, 2; and.b32 %r30, %r30, 7;
@@ -238,10 +239,12 @@ WGMMA = """
 
 
 def wgmma(**changed: str) -> str:
-    """A = 64 x 16 from registers, all of row r being r + 1; B [8, 16] in shared memory, rows of 64 bytes, 64-byte swizzle."""
-    one = "shr.u32 %r40, %r1, 2; and.b32 %r40, %r40, 7; bfe.u32 %r41, %r1, 5, 2; shl.b32 %r41, %r41, 4; add.s32 %r40, %r40, %r41;"
-    rows = f"""{one} add.s32 %r42, %r40, 1; add.s32 %r43, %r40, 9; cvt.rn.f32.s32 %r44, %r42; cvt.rn.f32.s32 %r45, %r43;
-        cvt.rn.bf16x2.f32 %r10, %r44, %r44; cvt.rn.bf16x2.f32 %r11, %r45, %r45; mov.b32 %r12, %r10; mov.b32 %r13, %r11;"""
+    """A = 64 x 16 from registers, all of row r is r + 1; B [8, 16] in shared memory, its rows of 64 bytes swizzled."""
+    rows = """shr.u32 %r40, %r1, 2; and.b32 %r40, %r40, 7; bfe.u32 %r41, %r1, 5, 2; shl.b32 %r41, %r41, 4;
+        add.s32 %r40, %r40, %r41; add.s32 %r42, %r40, 1; add.s32 %r43, %r40, 9;
+        cvt.rn.f32.s32 %r44, %r42; cvt.rn.f32.s32 %r45, %r43;
+        cvt.rn.bf16x2.f32 %r10, %r44, %r44; cvt.rn.bf16x2.f32 %r11, %r45, %r45;
+        mov.b32 %r12, %r10; mov.b32 %r13, %r11;"""
     parts = {
         "copy": "ld.global.b32 %r5, [%rd3]; st.shared.b32 [%r4], %r5;",
         "fence": "fence.proxy.async.shared::cta;",
@@ -324,7 +327,8 @@ def test_what_nobody_wrote_in_global_memory() -> None:
     run("st.global.b32 [%rd3], 1; ld.global.b32 %r5, [%rd3];", np.zeros(1024, np.uint32), written=written)
 
 
-SWAP = "st.shared.b32 [%r4], %r1; {sync} xor.b32 %r5, %r4, {other}; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
+SWAP = """st.shared.b32 [%r4], %r1; {sync} xor.b32 %r5, %r4, {other};
+    ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"""
 
 
 @pytest.mark.parametrize(
@@ -414,7 +418,8 @@ def test_a_buffer_that_is_read_may_not_be_filled_again() -> None:
 
 
 SPLIT = """
-    mov.u32 %r5, %ctaid.x; shl.b32 %r6, %r5, 5; add.s32 %r6, %r6, %r1; mul.wide.u32 %rd4, %r6, 4; add.s64 %rd4, %rd4, %rd1;
+    mov.u32 %r5, %ctaid.x; shl.b32 %r6, %r5, 5; add.s32 %r6, %r6, %r1;
+    mul.wide.u32 %rd4, %r6, 4; add.s64 %rd4, %rd4, %rd1;
     add.s32 %r7, %r5, 1; st.global.b32 [%rd4+128], %r7;
     {before}
     setp.eq.s32 %p1, %r1, 0;

@@ -1,1 +1,1 @@
-"""Executes compiled kernels on the CPU, instruction by instruction, and checks every access: ``launch.py`` starts them."""
+"""Executes compiled kernels on the CPU and checks every access: ``launch.py`` starts them."""
