@@ -10,8 +10,8 @@ import pytest
 from ciuic_kernels.triton import _asm
 from tests.triton import ptx
 from tests.triton.emulator import machine
-from tests.triton.emulator.lower import UnsupportedPtx
 from tests.triton.emulator.machine import Kernel, KernelFault, Region
+from tests.triton.emulator.operands import UnsupportedPtx
 
 pytestmark = pytest.mark.skipif(machine.compiler() is None, reason="the emulator is built with a C compiler")
 AT = 0x1000

@@ -13,8 +13,8 @@
 Inside, ``ciuic_kernels.triton._launch.start`` compiles what it would compile on a GPU of that capability, with the real
 specialisation of its arguments, and executes all programs before it returns. A fault (out of bounds, misaligned,
 unwritten memory or registers, a race, a missing wait) raises ``machine.KernelFault`` with instruction and source line;
-an instruction that is not known raises ``lower.UnsupportedPtx``. Fresh buffers (``torch.empty`` and its kin) count as
-unwritten until something is written there. Which kernel runs is decided as on that GPU, with few processors.
+an instruction that is not known raises ``operands.UnsupportedPtx``. Fresh buffers (``torch.empty`` and its kin) count
+as unwritten until something is written there. Which kernel runs is decided as on that GPU, with few processors.
 Compiled kernels are kept in ``.cache/triton``; a new one takes seconds.
 """
 
