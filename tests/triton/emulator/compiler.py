@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
@@ -65,6 +66,7 @@ class Compiler:
             [str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)]
         )
         environment["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+        self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.triton.emulator.compiler"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment,
@@ -73,9 +75,10 @@ class Compiler:
     def compile(self, request: Request) -> Compiled:
         """Raises RuntimeError when the kernel does not compile."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        pickle.dump(request, self._process.stdin)
-        self._process.stdin.flush()
-        compiled: Compiled = pickle.load(self._process.stdout)
+        with self._lock:
+            pickle.dump(request, self._process.stdin)
+            self._process.stdin.flush()
+            compiled: Compiled = pickle.load(self._process.stdout)
         if compiled.error:
             raise RuntimeError(f"{request.kernel} does not compile: {compiled.error}")
         return compiled

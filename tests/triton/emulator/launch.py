@@ -75,7 +75,11 @@ class Gpu:
     launches: list[Launched] = field(default_factory=list)
 
     def start(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-        """What ``_launch.start`` does, here."""
+        """What ``_launch.start`` does, here; inside ``_launch.compiling`` nothing, as kernels are compiled at need."""
+        from ciuic_kernels.triton import _launch
+
+        if _launch._only_compile.get():
+            return
         function = getattr(kernel, "fn", kernel)
         compiled = _compiled(self._request(function, arguments, settings))
         names = list(inspect.signature(function).parameters)
@@ -157,6 +161,15 @@ def _kernel(compiled: Compiled) -> Kernel:
     return Kernel(compiled.ptx, compiled.warps, compiled.shared)
 
 
+_facts: list[DeviceFacts] = []
+_real_device_facts = device.device_facts
+
+
+def _device_facts(where: torch.device) -> DeviceFacts:
+    """A module that is imported while a GPU is emulated keeps this function: it must be right afterwards too."""
+    return _facts[-1] if _facts else _real_device_facts(where)
+
+
 @contextmanager
 def emulated(capability: int, order: str | int = "forwards") -> Iterator[Gpu]:
     """Have every operator take its Triton kernels, on CPU tensors, executed as compiled for this capability.
@@ -171,7 +184,9 @@ def emulated(capability: int, order: str | int = "forwards") -> Iterator[Gpu]:
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.delenv("CIUIC_IMPL", raising=False)
-        _replace(patch, "device_facts", device.device_facts, lambda device: facts)
+        stack.callback(_facts.remove, facts)
+        _facts.append(facts)
+        _replace(patch, "device_facts", device.device_facts, _device_facts)
         import ciuic_kernels.triton._launch as launching
 
         _import_kernels()
