@@ -41,7 +41,7 @@ from ciuic_kernels import device, dispatch
 from ciuic_kernels.device import DeviceFacts
 from tests.triton.emulator.compiler import Compiled, Compiler, Pointer, Request
 from tests.triton.emulator.machine import Kernel
-from tests.triton.emulator.memory import Memory, unwritten_buffers
+from tests.triton.emulator.memory import Memory, offset_of, unwritten_buffers
 
 PROCESSORS = 4
 """Of the emulated GPU: few, so that the shares of a strip are few."""
@@ -102,7 +102,7 @@ class Gpu:
 
     def _request(self, function: Any, arguments: Sequence[Any], settings: dict[str, Any]) -> Request:
         described = tuple(
-            Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else value
+            Pointer(value.dtype, offset_of(value) % 16) if isinstance(value, torch.Tensor) else value
             for value in arguments
         )
         return Request(f"{function.__module__}:{function.__name__}", self.capability, described, settings)

@@ -17,6 +17,9 @@ FIRST_ADDRESS = 0x7000_0000_0000
 GAP = 1 << 20
 """Between two tensors, so that what runs over the end of one is in none."""
 
+ALIGNED = 512
+"""Every storage, as torch's allocator for GPUs does it."""
+
 UNWRITTEN = np.array([0x7FBAFFAB], np.uint32)
 """In fresh buffers: both halves are NaN in float16 and bfloat16, and no result of arithmetic."""
 
@@ -34,6 +37,11 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
         return tensor.data_ptr(), tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def offset_of(tensor: torch.Tensor) -> int:
+    """Bytes from the start of a tensor's storage, which a GPU's allocator aligns; a file mapped on the CPU is not."""
+    return tensor.data_ptr() - tensor.untyped_storage().data_ptr() if tensor.numel() else 0
 
 
 def bytes_at(begin: int, end: int) -> np.ndarray:
@@ -84,27 +92,27 @@ class Memory:
     """The memory of one launch.
 
     Args:
-        tensors: the arguments by name. A kernel sees them at made-up addresses with gaps between them, aligned as they
-            are; those that share memory are one region. An int64 tensor may hold addresses of others (pages of a
+        tensors: the arguments by name. A kernel sees them at made-up addresses with gaps between them, aligned as on a
+            GPU; those that share memory are one region. An int64 tensor may hold addresses of others (pages of a
             cache): the tensors that Python knows there are seen where they are.
     """
 
     def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.regions: list[Region] = []
         self._places: list[tuple[int, int, int]] = []
-        spans = sorted((*span_of(tensor), name, tensor.dtype.itemsize == 2) for name, tensor in tensors)
-        merged: list[tuple[int, int, str, bool]] = []
-        for begin, end, name, halves in spans:
+        spans = sorted((*span_of(x), name, x.dtype.itemsize == 2, offset_of(x)) for name, x in tensors)
+        merged: list[tuple[int, int, str, bool, int]] = []
+        for begin, end, name, halves, offset in spans:
             if merged and begin < merged[-1][1]:
-                old_begin, old_end, names, old = merged[-1]
-                merged[-1] = (old_begin, max(end, old_end), f"{names}/{name}", halves and old)
+                old_begin, old_end, names, old, old_offset = merged[-1]
+                merged[-1] = (old_begin, max(end, old_end), f"{names}/{name}", halves and old, old_offset)
             else:
-                merged.append((begin, end, name, halves))
+                merged.append((begin, end, name, halves, offset))
         address = FIRST_ADDRESS
-        for begin, end, name, halves in merged:
-            address += begin % 256
+        for begin, end, name, halves, offset in merged:
+            address += offset % ALIGNED
             self._add(address, begin, end, name, halves)
-            address = (address + end - begin + GAP) // 256 * 256
+            address = (address + end - begin + GAP) // ALIGNED * ALIGNED
         for name, tensor in tensors:
             if tensor.dtype == torch.int64:
                 for begin, end in _pointed_at(tensor):
