@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from ciuic_hf.modules import kernels
 from ciuic_hf.modules.linear import CiuicLinear
@@ -28,34 +25,9 @@ from ciuic_hf.runtime.cache.store import History, LayerStore
 from ciuic_kernels import derived, dispatch
 from ciuic_kernels.device import DeviceFacts
 from tests.kernels.samples import packed_sample
+from tests.triton.standin import StandIn
 
 FACTS = DeviceFacts("cuda", "stand-in", 90, 132)
-
-
-class StandIn(DriverBase):
-    """A driver for a GPU of compute capability 9.0 that is not there."""
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", FACTS.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
 
 
 LATENTS = CachedAttention(CacheSizes(1, 1, 128, 32, True), 4, 4)
@@ -86,7 +58,7 @@ def steps() -> int:
 def main() -> None:
     from ciuic_kernels.triton._launch import compiling
 
-    triton.runtime.driver.set_active(StandIn())
+    triton.runtime.driver.set_active(StandIn(FACTS.capability))
     for module in (derived, dispatch, kernels):
         module.device_facts = lambda device: FACTS  # type: ignore[attr-defined]
     compiled: list[str] = []
