@@ -62,7 +62,7 @@ def _integers() -> dict[str, str]:
     table["shr.u16"] = table["shr.b16"] = "shr_u32"  # zeros are above
     for kind in ("s16", "u16", "s32", "u32"):
         table[f"mul.wide.{kind}"] = f"mulwide_{kind}"
-    table |= {f"mad.wide.{kind}": f"madwide_{kind}" for kind in ("s32", "u32")}
+    table |= {f"mad.wide.{kind}": f"madwide_{kind}" for kind in ("s16", "u16", "s32", "u32")}
     table |= {f"bfe.{kind}": f"bfe_{kind}" for kind in ("s32", "u32")}
     table |= {"abs.s32": "abs_s32", "popc.b32": "popc32", "clz.b32": "clz32", "bfi.b32": "bfi"}
     table |= {"prmt.b32": "prmt", "lop3.b32": "lop3", "shf.l.wrap.b32": "shf_l", "shf.r.wrap.b32": "shf_r"}
@@ -74,7 +74,9 @@ def _floats() -> dict[str, str]:
     table = {f"setp.{name}.f32": f"{name}_f32" for name in _FLOAT_COMPARISONS}
     for name in ("add", "sub", "mul", "div", "fma"):
         table |= {f"{name}.rn.f32": f"{name}_f32"}
-    table |= {f"{name}.f32": f"{name}_f32" for name in ("add", "sub", "mul", "neg", "abs", "max", "min")}
+    table |= {
+        f"{name}.f32": f"{name}_f32" for name in ("add", "sub", "mul", "neg", "abs", "max", "min", "copysign")
+    }
     table |= {f"{name}.ftz.f32": f"{name}_ftz_f32" for name in ("add", "sub", "mul")}
     table |= {f"{name}.rn.ftz.f32": f"{name}_ftz_f32" for name in ("add", "sub", "mul", "fma")}
     table |= {"max.NaN.f32": "max_nan_f32", "min.NaN.f32": "min_nan_f32", "div.full.f32": "div_f32"}
@@ -100,6 +102,10 @@ def _conversions() -> dict[str, str]:
     for sign in "su":
         for to in "su":
             table |= {f"cvt.{to}32.{sign}64": "low32", f"cvt.{to}64.{sign}64": "mov64"}
+            table |= {
+                f"cvt.{to}64.{sign}16": "sext64_s16" if sign == "s" else "zext64",
+                f"cvt.{to}16.{sign}64": "low16_of_64",
+            }
             table |= {
                 f"cvt.{to}32.{sign}32": "mov32",
                 f"cvt.{to}64.{sign}32": f"{sign.replace('u', 'z')}ext64",

@@ -27,13 +27,16 @@ static void note_read(Machine *m, Grain *g, i32 lane)
 {
     if (g->read_epoch != m->epoch) g->read_epoch = m->epoch, g->readers = 0;
     g->readers |= 1u << m->warp_index;
-    if (g->read_warp != m->warp_index || g->read_step != m->warp->step)
-        g->read_warp = m->warp_index, g->read_step = m->warp->step, g->read_lane = lane;
+    if (g->read_warp != m->warp_index || g->read_step != m->warp->meeting)
+        g->read_warp = m->warp_index, g->read_step = m->warp->meeting, g->read_lane = lane;
     else if (g->read_lane != lane)
         g->read_lane = MANY;
 }
 
-/* same: whether the bytes stay as they are, which makes two writes harmless. */
+/* A read before the lanes of a warp meet (a barrier, a shuffle, a reduction) has taken place when one of them writes
+   after it: the write is issued later, by the same warp. What is written before a meeting needs a barrier to be seen.
+
+   same: whether the bytes stay as they are, which makes two writes harmless. */
 static void check_write(Machine *m, Grain *g, u32 address, i32 lane, int same)
 {
     u32 step = m->warp->step;
@@ -41,7 +44,7 @@ static void check_write(Machine *m, Grain *g, u32 address, i32 lane, int same)
     if (g->state == IN_FLIGHT) fail(m, F_shared_in_flight, lane, address, 1, 0);
     if (g->read_epoch == m->epoch && g->readers & ~(1u << m->warp_index))
         fail(m, F_shared_race, lane, address, __builtin_ctz(g->readers & ~(1u << m->warp_index)), 0);
-    if (g->readers && g->read_epoch == m->epoch && g->read_warp == m->warp_index && g->read_step == step && g->read_lane != lane)
+    if (g->readers && g->read_epoch == m->epoch && g->read_warp == m->warp_index && g->read_step == m->warp->meeting && g->read_lane != lane)
         fail(m, F_shared_race_in_warp, lane, address, g->read_lane, 0);
     if (same || g->state == UNWRITTEN || g->write_epoch != m->epoch) return;
     if (g->write_warp != m->warp_index) fail(m, F_shared_race, lane, address, g->write_warp, 2);

@@ -83,7 +83,7 @@ typedef struct {
     i32 top, frames[MAX_DEPTH], frame;
     enum { RUNNING, WAITING, DONE } status;
     i32 barrier;
-    u32 step, proxy_fences, proxy_epoch, fences;
+    u32 step, meeting, proxy_fences, proxy_epoch, fences;
     Copy *copies;
     i32 copy_count, copy_room, copy_group;
     Hold *holds;

@@ -230,7 +230,7 @@ static void run_warp(Machine *m)
 #include "alu.h"
         case OP_pack16: pack(m, args, mask, 0); break;
         case OP_pack32: pack(m, args, mask, 1); break;
-        case OP_redux: redux(m, args, mask); break;
+        case OP_redux: redux(m, args, mask); w->meeting++; break;
         case OP_select32: {
             u32 p = w->p[args[3]], t[LANES];
             const u32 *a = peek32(m, args[1], mask & p, &bad), *b = peek32(m, args[2], mask & ~p, &bad);
@@ -286,7 +286,7 @@ static void run_warp(Machine *m)
         }
         case OP_commit_copies: need_all(m, mask); w->copy_group++; break;
         case OP_wait_copies: need_all(m, mask); finish_copies(m, args[0] < 0 ? w->copy_group + 1 : w->copy_group - args[0]); break;
-        case OP_shuffle: shuffle(m, args, mask); break;
+        case OP_shuffle: shuffle(m, args, mask); w->meeting++; break;
         case OP_mma: mma(m, args, mask); break;
         case OP_ldmatrix: ldmatrix(m, args, mask); break;
         case OP_stmatrix: stmatrix(m, args, mask); break;
@@ -295,10 +295,10 @@ static void run_warp(Machine *m)
         case OP_wgmma_commit: need_all(m, mask); w->wgmma_group++; break;
         case OP_wgmma_wait: need_all(m, mask); wgmma_wait(m, args[0]); break;
         case OP_proxy_fence: need_all(m, mask); w->proxy_fences++; w->proxy_epoch = m->epoch + 1; break;
-        case OP_warp_barrier: need_all(m, mask); w->step++; break;
+        case OP_warp_barrier: need_all(m, mask); w->step++, w->meeting++; break;
         case OP_barrier:
             need_all(m, mask);
-            w->status = WAITING, w->barrier = args[0], w->step++;
+            w->status = WAITING, w->barrier = args[0], w->step++, w->meeting++;
             return;
         case OP_branch: {
             /* args: target, where both ways meet (-1: nowhere) */
@@ -360,7 +360,7 @@ static void start_warp(Machine *m, i32 index, const i32 ctaid[3])
     w->stack[0] = (Path){p->entry, -1, 0xFFFFFFFF};
     w->top = w->frame = w->frames[0] = 0;
     w->status = RUNNING;
-    w->step = 1, w->fences = 1, w->proxy_fences = w->proxy_epoch = 0;
+    w->step = w->meeting = w->fences = 1, w->proxy_fences = w->proxy_epoch = 0;
     w->copy_count = w->hold_count = w->copy_group = w->wgmma_group = 0;
 }
 
