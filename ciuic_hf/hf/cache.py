@@ -179,7 +179,7 @@ class CiuicCache(Cache):
             StaticCache; None grows with the tokens.
 
     Raises:
-        CiuicError: for other bits, a length below 1, and a model that has nothing to cache.
+        CiuicError: for what is no config, other bits, a length below 1, and a model that has nothing to cache.
 
     Example:
         ``model.generate(**inputs, past_key_values=CiuicCache(model.config, bits=4))``
@@ -194,6 +194,10 @@ class CiuicCache(Cache):
         max_cache_len: int | None = None,
     ) -> None:
         self.bits = check_cache_bits(bits)
+        if not hasattr(config, "get_text_config"):
+            raise CiuicError(
+                f"CiuicCache takes the config of a model, got {type(config).__name__}; write CiuicCache(model.config)."
+            )
         if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
             raise CiuicError(
                 f"max_cache_len is a number of tokens or None, got {max_cache_len!r}; count prompt and new tokens."
