@@ -40,7 +40,7 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ciuic_hf.cli.plan_screen import show
-    from ciuic_hf.hf import planner
+    from ciuic_hf.hf import plan_alternatives, plan_description, planner
     from ciuic_hf.hf.cache_choice import choose_cache
     from ciuic_hf.hf.placing import TooSmallError
     from ciuic_hf.hf.source import open_source
@@ -59,14 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             outlook = planner.Outlook(source, model, request)
     except TooSmallError as error:
-        ways = planner.smaller_requests(model, request, error)
-        setups = planner.setups_that_fit(model, request)
+        ways = plan_alternatives.smaller_requests(model, request, error)
+        setups = plan_alternatives.setups_that_fit(model, request)
         if arguments.json:
             print(json.dumps({"fits": False, "needed": error.needed, **ways, "setups": setups}, indent=2))
         raise CiuicError(_refusal(error, ways, setups)) from None
-    found = planner.describe(outlook) | {"cache_choice": told}
+    found = plan_description.describe(outlook) | {"cache_choice": told}
     if arguments.save:
-        planner.save(outlook, found, arguments.save)
+        plan_description.save(outlook, found, arguments.save)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return

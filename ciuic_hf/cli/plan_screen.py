@@ -18,7 +18,7 @@ _BAR = 96
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print a plan as :func:`ciuic_hf.hf.planner.describe` has it."""
+    """Print a plan as :func:`ciuic_hf.hf.plan_description.describe` has it."""
     line(console, _headline(found))
     if found["files"] is not None:
         line(console, _files(found["files"]))
