@@ -18,6 +18,7 @@ BROKEN = {
     "3.6 sm_90 linear bf16 16x1x6 grid4_g64": OUTSIDE,
     "3.6 sm_90 linear bf16 32x2x4 grid4_g64": OUTSIDE,
     "3.6 sm_90 experts_few bf16 8x1x6 pairs64 grid4_g64+grid8_g32+any": BESIDE,
+    "3.6 sm_90 experts_many bf16 32x2x4 grid4_g64+grid8_g32+any": OUTSIDE,
     "3.8 sm_100 experts_few bf16 8x1x6 pairs64 grid4_g64": OUTSIDE,
     "3.8 sm_90 experts_few bf16 8x1x6 pairs64 grid4_g64+grid8_g32+any": OUTSIDE,
     "3.7 sm_89 linear bf16 32x2x4 grid4_g64": OUTSIDE,
