@@ -32,19 +32,12 @@ def assert_routed(y: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, w: Operan
             assert not y[row].any()
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("codec", GRIDS.values(), ids=lambda codec: codec.name)
-def test_full_blocks_of_each_grid(codec: object, poisoned_empty: None) -> None:
+def test_full_blocks_of_each_grid(codec: object, tokens: int, poisoned_empty: None) -> None:
+    """Few tokens, and tiles of 64, where scales meet the weights: in the interpreter also of float16."""
     w = sample((64, 256), codecs=(codec.name,))  # type: ignore[attr-defined]
-    x = activations(3, 256, dtype=HALF)
-    with gpu_kernels():
-        assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)
-
-
-@pytest.mark.parametrize("codec", GRIDS.values(), ids=lambda codec: codec.name)
-def test_full_blocks_of_each_grid_in_prefill(codec: object, poisoned_empty: None) -> None:
-    """Tiles of 64 tokens, where scales meet the weights; in the interpreter that is so for float16 as well."""
-    w = sample((64, 256), codecs=(codec.name,))  # type: ignore[attr-defined]
-    x = activations(40, 256, dtype=HALF)
+    x = activations(tokens, 256, dtype=HALF)
     with gpu_kernels():
         assert_product(ops.linear(x, *w.stored, None, w.rows, w.cols), x, w.dense)
 
